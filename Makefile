@@ -1,0 +1,52 @@
+# imagine_opd: `make demo` and `make test` set up all they need; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUST_SOURCES := Cargo.toml $(wildcard Cargo.lock) $(wildcard rust/*.rs)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench docs clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY)  ## Create .venv with everything: dependencies, the Rust extension, developer tools
+
+$(READY): pyproject.toml $(RUST_SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "imagine_opd needs Python 3.10 or newer; set PYTHON=python3.x"; exit 1; }
+	@command -v cargo >/dev/null || { echo "imagine_opd needs a Rust toolchain: https://rustup.rs"; exit 1; }
+	@sh scripts/ensure_nasm.sh
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/maturin && test -x $(BIN)/cmake || $(BIN)/python -m pip install -q 'maturin>=1.9.4,<2' 'cmake>=3.20,<5'
+	$(BIN)/maturin develop -q --release --extras dev
+	@touch $@
+
+demo: setup  ## Watch a vision-language model learn to see fine detail (a few minutes on 2 cores)
+	$(BIN)/imagine-opd demo --output demo
+
+test: setup  ## Run all tests
+	$(BIN)/python -m pytest
+
+check: setup  ## Lint, types, stub, import floors, Rust format, lints and tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest imagine_opd._rust
+	$(BIN)/lint-imports
+	cargo fmt --check
+	cargo clippy --release --all-targets -- -D warnings
+	cargo test --release --no-default-features --features simd
+
+bench: setup  ## Benchmark views and kernels against their peers on this machine
+	$(BIN)/python -m pytest benches --benchmark-only
+
+docs: setup  ## Rewrite the generated parts of docs/ (the command line's help)
+	$(BIN)/python scripts/write_cli_help.py
+
+clean:  ## Remove what was built, the venv included
+	rm -rf $(VENV) target dist

@@ -1,0 +1,196 @@
+"""The doors: `train`, `evaluate`, `ask`. Each takes model and data as users have them and checks all before it acts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imagine_opd.answers import extract_answer
+from imagine_opd.config import ImagineOPDConfig, build_config, load_recipe
+from imagine_opd.data import BadRow, LoadedRows, load_rows
+from imagine_opd.data.load import describe_bad_rows, describe_source, raise_bad_rows
+from imagine_opd.data.rows import RowContext, parse_row
+from imagine_opd.errors import ImageError, OutputError
+from imagine_opd.evaluation import EvalResult, answer_prompts, evaluate_model
+from imagine_opd.models import load_model, load_processor, read_token_ids
+from imagine_opd.prompts import build_prompt
+from imagine_opd.rollout import HFEngine
+from imagine_opd.trainer import ImagineOPDTrainer, make_view_config
+from imagine_opd.types import Row, ViewConfig, ViewError
+from imagine_opd.views import check_images, make_views
+
+_CHECK_BATCH = 64
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gives back. metrics: the Trainer's final figures and the last `eval_` ones."""
+
+    output_dir: Path
+    model: Any
+    processor: Any
+    metrics: dict[str, float]
+    global_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reply. text: the whole completion; trace: what comes before the answer tag; answer: `None` if there is none."""
+
+    text: str
+    trace: str
+    answer: str | None
+
+
+def train(
+    model: Any,
+    data: Any,
+    *,
+    output_dir: str | Path = "run",
+    processor: Any = None,
+    eval_data: Any = None,
+    teacher: Any = None,
+    resume_from_checkpoint: str | Path | bool | None = None,
+    **config: Any,
+) -> TrainResult:
+    """Train `model` by Imagine-OPD (arXiv 2606.08719) on rows of image + question + boxes; save it in `output_dir`.
+
+    Args:
+        model: hub name, folder or loaded model (then pass `processor`).
+        data: JSONL/JSON/Parquet path, list of dicts, or `datasets.Dataset`. A row has `image` (path relative to the
+            file, bytes or PIL) or `images`, `question` or `messages`, `boxes` (pixels after EXIF, `xyxy`), and
+            optionally `box_format`, `answer`, `options`, `id`.
+        teacher: another checkpoint; `None` is the frozen initial model.
+        resume_from_checkpoint: a `checkpoint-N` folder, or `True` for the last one in `output_dir`.
+        **config: fields of `ImagineOPDConfig`; a model folder saved by us brings its own prompts and pixel budgets.
+
+    Everything is checked before the first file is written. Raises `ConfigError`, `RowError`, `TeacherError` or
+    `OutputError`, each also the standard-library error it is.
+    """
+    args = build_config(output_dir, {**load_recipe(model), **config})
+    refuse_unwritable(Path(args.output_dir))
+    processor = load_processor(processor, model)
+    view_config = make_view_config(processor, args)
+    rows = load_checked_rows(data, view_config, args)
+    eval_rows = None if eval_data is None else load_checked_rows(eval_data, view_config, args)
+    trainer = ImagineOPDTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processor=processor,
+        teacher=teacher,
+        run_description={"model": describe_model(model), "data": describe_source(data), "rows": len(rows)},
+    )
+    resume = str(resume_from_checkpoint) if isinstance(resume_from_checkpoint, Path) else resume_from_checkpoint
+    output = trainer.train(resume_from_checkpoint=resume)
+    metrics = dict(output.metrics)
+    if eval_rows is not None:
+        metrics.update(trainer.evaluate())
+    trainer.save_model()
+    trainer.save_state()
+    return TrainResult(Path(args.output_dir), trainer.model, processor, metrics, trainer.state.global_step)
+
+
+def evaluate(
+    model: Any,
+    data: Any,
+    *,
+    modes: Sequence[str] = ("direct", "imagine", "zoom", "teacher"),
+    processor: Any = None,
+    batch_size: int = 32,
+    **options: Any,
+) -> EvalResult:
+    """Greedy accuracy of `model` on rows with an `answer`, per mode (see `evaluation.evaluate_model`).
+
+    `options` are `ImagineOPDConfig` fields; a folder trained by us brings the prompts and pixel budgets it was
+    trained with. Raises `ConfigError` and `RowError`.
+    """
+    loaded, processor, args = _open_model(model, processor, options)
+    view_config = make_view_config(processor, args)
+    rows = load_checked_rows(data, view_config, args)
+    return evaluate_model(loaded, processor, rows, view_config, args, modes, batch_size)
+
+
+def ask(model: Any, image: Any, question: str, *, processor: Any = None, **options: Any) -> Answer:
+    """The model's reply to one question about one image (path, encoded bytes or PIL), from the global image alone."""
+    loaded, processor, args = _open_model(model, processor, options)
+    row = parse_row({"image": image, "question": question}, RowContext(_name_image(image), Path(), None))
+    views = make_views([row], make_view_config(processor, args))[0]
+    if isinstance(views, ViewError):
+        raise ImageError(views.message)
+    template, kwargs = args.student_prompt_template, args.chat_template_kwargs
+    prompt = build_prompt(row, views.student, processor, template, kwargs)
+    engine = HFEngine(read_token_ids(loaded, processor))
+    texts, _ = answer_prompts(loaded, processor, engine, [prompt], args.max_completion_length)
+    text = texts[0].strip()
+    return Answer(text, text.split("<answer>")[0].strip(), extract_answer(text, letters=None))
+
+
+def load_checked_rows(data: Any, view_config: ViewConfig, args: ImagineOPDConfig) -> tuple[Row, ...]:
+    """Rows whose images are there and fit their boxes: all headers read, the first `check_rows` images decoded.
+
+    Bad rows are raised together, or with `bad_rows="skip"` left out and the count printed with its reasons.
+    """
+    loaded: LoadedRows = load_rows(data, image_root=args.image_root, box_format=args.box_format, bad_rows="skip")
+    bad = list(loaded.bad)
+    faults: dict[int, ViewError] = {
+        index: fault for index, fault in enumerate(check_images(loaded.rows, view_config)) if fault is not None
+    }
+    sound = [index for index in range(min(args.check_rows, len(loaded.rows))) if index not in faults]
+    for start in range(0, len(sound), _CHECK_BATCH):
+        part = sound[start : start + _CHECK_BATCH]
+        for index, views in zip(part, make_views([loaded.rows[i] for i in part], view_config), strict=True):
+            if isinstance(views, ViewError):
+                faults[index] = views
+    bad += [BadRow(loaded.rows[index].source, fault.reason, fault.message) for index, fault in sorted(faults.items())]
+    total = len(loaded.rows) + len(loaded.bad)
+    rows = tuple(row for index, row in enumerate(loaded.rows) if index not in faults)
+    if bad and (args.bad_rows == "raise" or not rows):
+        raise_bad_rows(bad, total)
+    if bad:
+        print(describe_bad_rows(bad, total), flush=True)
+    return rows
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise `OutputError` unless files can be written in `folder`; nothing is left behind."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise OutputError(f"output_dir {str(folder)!r}: {str(existing)!r} is a file; choose another folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"output_dir {str(folder)!r} is not writable ({os.strerror(error.errno or 0)}); choose another folder"
+        ) from error
+
+
+def describe_model(model: Any) -> str:
+    """A short name of a model for the run folder."""
+    return (
+        str(model)
+        if isinstance(model, (str, Path))
+        else f"{type(model).__name__} ({getattr(model, 'name_or_path', '')})"
+    )
+
+
+def _open_model(model: Any, processor: Any, options: dict[str, Any]) -> tuple[Any, Any, ImagineOPDConfig]:
+    """The loaded model on the run's device, its processor, and a config: the model's saved recipe, then `options`."""
+    args = build_config(tempfile.gettempdir(), {**load_recipe(model), **options})
+    processor = load_processor(processor, model)
+    loaded = load_model(model, args.model_dtype)
+    if loaded is not model:
+        loaded.to(args.device)
+    return loaded.eval(), processor, args
+
+
+def _name_image(image: Any) -> str:
+    return str(image) if isinstance(image, (str, Path)) else "image"

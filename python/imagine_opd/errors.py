@@ -1,0 +1,31 @@
+"""Every error a user can cause: one family, each member also the standard-library class it is."""
+
+from __future__ import annotations
+
+
+class ImagineError(Exception):
+    """Base of all errors raised for the user's input; its text names what was found, where, and the fix."""
+
+
+class ConfigError(ImagineError, ValueError):
+    """A config field is unknown, has a bad value, or does not go with another field."""
+
+
+class RowError(ImagineError, ValueError):
+    """A row of the data is malformed: no question, a box without width, a missing image, …"""
+
+
+class ImageError(ImagineError, ValueError):
+    """An image cannot be read: missing, truncated, of an unknown format, or over the limits."""
+
+
+class TeacherError(ImagineError, RuntimeError):
+    """The teacher cannot teach: another vocabulary, dead weights, or it does not see its own view."""
+
+
+class OutputError(ImagineError, OSError):
+    """A folder or file of the run cannot be written."""
+
+
+class AnswerError(ImagineError, ValueError):
+    """An answer cannot be scored as asked: an unknown kind, or gold text that does not parse."""

@@ -1,0 +1,162 @@
+"""Accuracy per mode on held-out rows: what the student sees, or what the teacher sees, answered greedily."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from imagine_opd.answers import is_correct
+from imagine_opd.config import ImagineOPDConfig
+from imagine_opd.errors import ConfigError, RowError
+from imagine_opd.models import read_token_ids
+from imagine_opd.prompts import build_prompt
+from imagine_opd.rollout import HFEngine, SamplingConfig
+from imagine_opd.types import Prompt, Row, ViewConfig, ViewError
+from imagine_opd.views import make_views
+
+MODES = ("direct", "imagine", "zoom", "teacher")
+_Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True, slots=True)
+class ModeResult:
+    """One mode's figures. accuracy with its 95 % Wilson interval (low, high), all of `rows` counted;
+    unparsed: completions without an answer, counted as wrong; mean_tokens per completion."""
+
+    accuracy: float
+    low: float
+    high: float
+    rows: int
+    unparsed: int
+    mean_tokens: float
+    seconds: float
+    completions: tuple[str, ...]
+    correct: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """`modes[name]` for each mode asked for; `left_out` rows had no readable view or no answer."""
+
+    modes: dict[str, ModeResult]
+    left_out: int = 0
+
+    def __getitem__(self, mode: str) -> ModeResult:
+        return self.modes[mode]
+
+
+def evaluate_model(
+    model: Any,
+    processor: Any,
+    rows: Sequence[Row],
+    view_config: ViewConfig,
+    config: ImagineOPDConfig,
+    modes: Sequence[str] = ("imagine",),
+    batch_size: int = 64,
+) -> EvalResult:
+    """Answer every row greedily in each mode and compare with its `answer` (a letter where it has options).
+
+    Modes: `direct` (global image, answer at once), `imagine` (global image, the trained instruction), `zoom` (global
+    image and crops, the student's instruction), `teacher` (the same with the teacher's instruction).
+    """
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        raise ConfigError(f"unknown evaluation mode {unknown[0]!r}; expected {', '.join(MODES)}")
+    usable = [row for row in rows if row.answer is not None]
+    if not usable:
+        raise RowError(f"none of the {len(rows)} rows has an answer to compare with")
+    engine = HFEngine(read_token_ids(model, processor))
+    results: dict[str, ModeResult] = {}
+    left_out = len(rows) - len(usable)
+    for mode in modes:
+        started = time.perf_counter()
+        completions: list[str] = []
+        verdicts: list[bool | None] = []
+        tokens = skipped = 0
+        for start in range(0, len(usable), batch_size):
+            batch = usable[start : start + batch_size]
+            prompts, kept = _build_mode_prompts(batch, processor, view_config, config, mode)
+            skipped += len(batch) - len(kept)
+            texts, count = answer_prompts(model, processor, engine, prompts, config.max_completion_length)
+            tokens += count
+            completions += texts
+            verdicts += [_judge(text, row) for text, row in zip(texts, kept, strict=True)]
+        results[mode] = _summarise(completions, verdicts, tokens, time.perf_counter() - started)
+        left_out = max(left_out, len(rows) - len(usable) + skipped)
+    return EvalResult(results, left_out)
+
+
+def answer_prompts(
+    model: Any, processor: Any, engine: HFEngine, prompts: Sequence[Prompt], max_completion_length: int
+) -> tuple[list[str], int]:
+    """Greedy completions as text, and how many tokens they hold."""
+    if not prompts:
+        return [], 0
+    rollouts = engine.generate(model, prompts, SamplingConfig(max_completion_length, temperature=0.0))
+    return decode_completions(processor, rollouts.completion_ids_BT, rollouts.completion_mask_BT), int(
+        rollouts.completion_mask_BT.sum()
+    )
+
+
+def decode_completions(processor: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> list[str]:
+    """The completions as text, special tokens left out."""
+    kept = [ids_T[mask_T].tolist() for ids_T, mask_T in zip(ids_BT.cpu(), mask_BT.cpu().bool(), strict=True)]
+    return [str(text) for text in processor.tokenizer.batch_decode(kept, skip_special_tokens=True)]
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion; (0, 1) for no trials."""
+    if total == 0:
+        return 0.0, 1.0
+    share, z2 = correct / total, _Z95**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    spread = _Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
+    # At 0 and at 1 rounding may put the share itself a hair outside.
+    return max(0.0, min(centre - spread, share)), min(1.0, max(centre + spread, share))
+
+
+def _build_mode_prompts(
+    rows: Sequence[Row], processor: Any, view_config: ViewConfig, config: ImagineOPDConfig, mode: str
+) -> tuple[list[Prompt], list[Row]]:
+    template = {
+        "direct": config.direct_prompt_template,
+        "imagine": config.student_prompt_template,
+        "zoom": config.student_prompt_template,
+        "teacher": config.teacher_prompt_template,
+    }[mode]
+    prompts, kept = [], []
+    for row, views in zip(rows, make_views(rows, view_config), strict=True):
+        if isinstance(views, ViewError):
+            continue
+        view = views.student if mode in ("direct", "imagine") else views.teacher
+        prompts.append(build_prompt(row, view, processor, template, config.chat_template_kwargs))
+        kept.append(row)
+    return prompts, kept
+
+
+def _judge(text: str, row: Row) -> bool | None:
+    assert row.answer is not None
+    if row.options:
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(row.options)]
+        return is_correct(text, row.answer, letters=letters, kind="choice")
+    return is_correct(text, row.answer)
+
+
+def _summarise(completions: list[str], verdicts: list[bool | None], tokens: int, seconds: float) -> ModeResult:
+    total, correct = len(verdicts), sum(verdict is True for verdict in verdicts)
+    low, high = wilson_interval(correct, total)
+    return ModeResult(
+        accuracy=correct / total if total else 0.0,
+        low=low,
+        high=high,
+        rows=total,
+        unparsed=sum(verdict is None for verdict in verdicts),
+        mean_tokens=tokens / total if total else 0.0,
+        seconds=seconds,
+        completions=tuple(completions),
+        correct=tuple(verdict is True for verdict in verdicts),
+    )

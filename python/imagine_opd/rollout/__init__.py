@@ -1,0 +1,6 @@
+"""Rollouts: the student samples its own completions, one engine a file behind the same call."""
+
+from imagine_opd.rollout.finish import finish_completions
+from imagine_opd.rollout.hf import HFEngine, SamplingConfig
+
+__all__ = ["HFEngine", "SamplingConfig", "finish_completions"]

@@ -1,0 +1,85 @@
+"""Both sides' hidden states at the response tokens only: never the prompt's, and no logits.
+
+Each side gets its own sequence, [prompt, completion] padded on the right, so positions and vision placeholders are
+those of its own view; a causal body never lets the padding reach a response token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from imagine_opd.models import get_body, get_device
+from imagine_opd.rollout.hf import join_pixels
+from imagine_opd.types import Prompt, PromptPair, Rollouts, Scores
+
+# B rows, L sequence tokens, T completion tokens, N kept response tokens, D hidden
+
+StageTimer = Callable[[str], AbstractContextManager[None]]
+
+
+def score(
+    student: Any,
+    teacher: Any,
+    prompts: Sequence[PromptPair],
+    rollouts: Rollouts,
+    active_BT: torch.Tensor,
+    pad_id: int,
+    timer: StageTimer = lambda stage: nullcontext(),
+) -> Scores:
+    """Hidden states `[N, D]` of student (with gradient) and teacher (without) at the tokens where `active_BT` is set.
+
+    Row i of the hidden states is the one that predicts `token_ids_N[i]`: no shift is left to the caller.
+    """
+    active_BT = active_BT & rollouts.completion_mask_BT
+    with timer("teacher"), torch.no_grad():
+        sides = [pair.teacher for pair in prompts]
+        teacher_hidden_ND = score_side(teacher, sides, rollouts, active_BT, pad_id)
+    with timer("student"):
+        sides = [pair.student for pair in prompts]
+        student_hidden_ND = score_side(student, sides, rollouts, active_BT, pad_id)
+    row_N, position_N = active_BT.nonzero(as_tuple=True)
+    return Scores(
+        student_hidden_ND=student_hidden_ND,
+        teacher_hidden_ND=teacher_hidden_ND,
+        token_ids_N=rollouts.completion_ids_BT[active_BT],
+        sampling_logprobs_N=rollouts.sampling_logprobs_BT[active_BT],
+        row_N=row_N,
+        position_N=position_N,
+    )
+
+
+def score_side(
+    model: Any, prompts: Sequence[Prompt], rollouts: Rollouts, active_BT: torch.Tensor, pad_id: int
+) -> torch.Tensor:
+    """`[N, D]` hidden states of one side at the active response tokens, in row order then token order."""
+    device = get_device(model)
+    inputs = join_sequences(prompts, rollouts, pad_id, device)
+    hidden_BLD: torch.Tensor = get_body(model)(**inputs, use_cache=False).last_hidden_state
+    starts_B = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
+    row_N, position_N = active_BT.to(device).nonzero(as_tuple=True)
+    return hidden_BLD[row_N, starts_B[row_N] + position_N - 1]
+
+
+def join_sequences(
+    prompts: Sequence[Prompt], rollouts: Rollouts, pad_id: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Model inputs of one side: prompt then completion, padded on the right, with that side's pixels."""
+    completion_ids_BT = rollouts.completion_ids_BT.cpu()
+    lengths_B = rollouts.completion_mask_BT.sum(dim=1).tolist()
+    sizes = [len(prompt.input_ids) + length for prompt, length in zip(prompts, lengths_B, strict=True)]
+    ids_BL = torch.full((len(prompts), max(sizes)), pad_id, dtype=torch.long)
+    attention_BL = torch.zeros_like(ids_BL)
+    types_BL = torch.zeros_like(ids_BL)
+    for row, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
+        start = len(prompt.input_ids)
+        ids_BL[row, :start] = torch.tensor(prompt.input_ids)
+        ids_BL[row, start:size] = completion_ids_BT[row, : size - start]
+        attention_BL[row, :size] = 1
+        types_BL[row, :start] = torch.tensor(prompt.mm_token_type_ids)
+    inputs = {"input_ids": ids_BL, "attention_mask": attention_BL, "mm_token_type_ids": types_BL}
+    inputs.update(join_pixels(prompts))
+    return {name: tensor.to(device) for name, tensor in inputs.items()}

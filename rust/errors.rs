@@ -1,0 +1,134 @@
+//! Why a view could not be made: what was found and the fix in one sentence, and a short code for counting.
+
+use thiserror::Error;
+
+/// What is wrong with an image; the sentence goes on after the image's name.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ImageFault {
+    #[error("does not exist; check the path")]
+    Missing,
+    #[error("cannot be read ({0}); expected a readable image file")]
+    Unreadable(String),
+    #[error("has {found} bytes, over max_image_bytes={limit}; shrink the file or raise the limit")]
+    TooManyBytes { found: u64, limit: u64 },
+    #[error("is {width}x{height} pixels, over max_image_pixels={limit}; shrink the image or raise the limit")]
+    TooManyPixels { width: u32, height: u32, limit: u64 },
+    #[error("does not fit in memory ({0} bytes wanted); lower max_pixels or max_image_pixels")]
+    OutOfMemory(usize),
+    #[error("is {width}x{height} pixels, sides more than 200 to 1; crop or pad it")]
+    Aspect { width: u32, height: u32 },
+    #[error("is truncated ({0}); fetch the file again")]
+    Truncated(String),
+    #[error("cannot be decoded ({0}); expected an intact JPEG, PNG or WebP")]
+    Undecodable(String),
+}
+
+impl ImageFault {
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Missing => "missing",
+            Self::Unreadable(_) => "unreadable",
+            Self::TooManyBytes { .. } | Self::TooManyPixels { .. } | Self::OutOfMemory(_) => "too_large",
+            Self::Aspect { .. } => "aspect",
+            Self::Truncated(_) => "truncated",
+            Self::Undecodable(_) => "undecodable",
+        }
+    }
+}
+
+/// What is wrong with a box; the sentence goes on after the box's numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum BoxFault {
+    #[error("has a side that is not a finite number; expected four pixel values")]
+    NotFinite,
+    #[error("is reversed; expected x0 < x1 and y0 < y1")]
+    Reversed,
+    #[error("has no {side}; expected x0 < x1 and y0 < y1")]
+    Empty { side: &'static str },
+    #[error(
+        "lies outside its image of {width}x{height} pixels; expected 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}, in pixels after EXIF"
+    )]
+    Outside { width: u32, height: u32 },
+    #[error("lies on image {image}, but the row has {count} (counted from 0); fix the box's image")]
+    NoSuchImage { image: i64, count: usize },
+    #[error(
+        "gives a crop of {width}x{height} pixels, sides more than 200 to 1; widen the box or raise min_crop_px"
+    )]
+    Aspect { width: u32, height: u32 },
+}
+
+impl BoxFault {
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NotFinite => "box_not_finite",
+            Self::Reversed => "box_reversed",
+            Self::Empty { .. } => "box_empty",
+            Self::Outside { .. } => "box_outside",
+            Self::NoSuchImage { .. } => "box_image",
+            Self::Aspect { .. } => "aspect",
+        }
+    }
+}
+
+/// Why one row has no views.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ViewError {
+    #[error("the row has no image; give it `image` or `images`")]
+    NoImage,
+    #[error("image {name} {fault}")]
+    Image { name: String, fault: ImageFault },
+    #[error("box {name} {fault}")]
+    Box { name: String, fault: BoxFault },
+}
+
+impl ViewError {
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NoImage => "no_image",
+            Self::Image { fault, .. } => fault.code(),
+            Self::Box { fault, .. } => fault.code(),
+        }
+    }
+}
+
+/// Runs `work`, turning a panic (a decoder's bug met by a hostile file) into a fault.
+pub fn catch_panic<T>(work: impl FnOnce() -> Result<T, ImageFault>) -> Result<T, ImageFault> {
+    // Everything `work` was changing is dropped with it, so no broken value is seen afterwards.
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(ImageFault::Undecodable("the decoder panicked".into())))
+}
+
+/// A zeroed buffer, or a fault where the plain `vec!` would end the process.
+pub fn allocate<T: Clone + Default>(len: usize) -> Result<Vec<T>, ImageFault> {
+    // Asked and given back first: `vec![0; len]` then gets untouched zero pages, which `resize` would write.
+    let mut probe = Vec::<T>::new();
+    probe.try_reserve_exact(len).map_err(|_| ImageFault::OutOfMemory(len.saturating_mul(size_of::<T>())))?;
+    // Unseen, the compiler may leave out an allocation that nothing uses, and the question with it.
+    drop(std::hint::black_box(probe));
+    Ok(vec![T::default(); len])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn panic_becomes_a_fault() {
+        let found: Result<(), _> = catch_panic(|| panic!("bad table"));
+        assert_eq!(found.unwrap_err().code(), "undecodable");
+    }
+
+    #[test]
+    fn impossible_allocation_becomes_a_fault() {
+        assert_eq!(allocate::<f32>(usize::MAX / 8).unwrap_err().code(), "too_large");
+    }
+
+    #[test]
+    fn sentence_names_what_was_found() {
+        let error = ViewError::Box { name: "(10, 4, 9, 20)".into(), fault: BoxFault::Reversed };
+        assert_eq!(error.to_string(), "box (10, 4, 9, 20) is reversed; expected x0 < x1 and y0 < y1");
+    }
+}

@@ -1,0 +1,72 @@
+"""The compiled kernels on a GPU against fp64, at the vocabularies of real models."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import assert_close_to_fp64, make_case, run
+
+from imagine_opd.kernels import token_stats, token_stats_triton
+
+pytestmark = pytest.mark.gpu
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def _compiled() -> None:
+    assert not token_stats_triton.triton.knobs.runtime.interpret, "unset TRITON_INTERPRET: this must run compiled"
+
+
+@pytest.mark.parametrize("vocabulary", [32000, 128256, 151669, 151936, 262144])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_true_vocabularies(vocabulary: int, dtype: torch.dtype) -> None:
+    assert_close_to_fp64(make_case(17, vocabulary, dtype, dtype), "triton")
+
+
+@pytest.mark.parametrize("rows", [1, 131, 132, 133, 2048])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_row_counts_around_the_number_of_multiprocessors(rows: int, temperature: float) -> None:
+    assert_close_to_fp64(make_case(rows, 5003, BF16, FP32, temperature=temperature), "triton")
+
+
+def test_identical_logits_give_exactly_zero() -> None:
+    case = make_case(17, 151936, BF16, use=(False, True, False))
+    values, grad_NV = run(replace(case, teacher_NV=case.student_NV.clone()), "triton")
+    assert not values[2].any()
+    assert not grad_NV.any()
+
+
+def test_twenty_runs_repeat_bit_by_bit() -> None:
+    case = make_case(133, 151936, BF16, BF16)
+    values, grad_NV = run(case, "triton")
+    for _ in range(20):
+        again, grad_again_NV = run(case, "triton")
+        assert all(map(torch.equal, (*values, grad_NV), (*again, grad_again_NV)))
+
+
+def test_rows_beyond_two_to_the_31_elements() -> None:
+    rows, vocabulary = 14_200, 151_936  # the last rows begin past element 2^31
+    tail = make_case(8, vocabulary, BF16, BF16)
+    student_NV = torch.zeros(rows, vocabulary, dtype=BF16, device="cuda")
+    student_NV[-8:] = tail.student_NV
+    teacher_NV = torch.zeros_like(student_NV)
+    teacher_NV[-8:] = tail.teacher_NV
+    ids_N = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    ids_N[-8:] = tail.token_ids_N
+    weights_3N = torch.zeros(3, rows, device="cuda")
+    weights_3N[:, -8:] = tail.weights_3N
+    whole = replace(tail, student_NV=student_NV, teacher_NV=teacher_NV, token_ids_N=ids_N, weights_3N=weights_3N)
+    (values, grad_NV), (tail_values, tail_grad_NV) = run(whole, "triton"), run(tail, "triton")
+    assert all(torch.equal(value[-8:], tail_value) for value, tail_value in zip(values, tail_values, strict=True))
+    assert torch.equal(grad_NV[-8:], tail_grad_NV)
+    assert not grad_NV[:-8].any()
+
+
+def test_auto_takes_the_kernels_on_cuda() -> None:
+    case = make_case(3, 129)
+    automatic = token_stats(case.student_NV, case.teacher_NV, case.token_ids_N)
+    chosen = token_stats(case.student_NV, case.teacher_NV, case.token_ids_N, backend="triton")
+    assert torch.equal(automatic.reverse_kl_N, chosen.reverse_kl_N)
+    doubled = token_stats(case.student_NV.double(), case.teacher_NV, case.token_ids_N)
+    assert doubled.reverse_kl_N.dtype == torch.float64

@@ -1,0 +1,26 @@
+"""Fixtures of the kernel tests: both implementations, small tiles, and quiet infinities in the interpreter."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 128 columns, so that small rows also cross tile borders."""
+    from imagine_opd.kernels import token_stats_triton
+
+    monkeypatch.setattr(token_stats_triton, "choose_tile", lambda _: token_stats_triton.TileConfig(128, 4, 1))
+
+
+@pytest.fixture(autouse=True)
+def _quiet_infinities() -> Iterator[None]:
+    # The interpreter computes with numpy, which warns where a GPU quietly gives the inf that the kernels count on.
+    with np.errstate(all="ignore"):
+        yield

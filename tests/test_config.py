@@ -1,0 +1,94 @@
+"""The config refuses what cannot work, naming the field, the value and the fix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from imagine_opd import ImagineOPDConfig
+from imagine_opd.cli.train import read_config, read_numbers
+from imagine_opd.config import RECIPE_FILE, build_config, load_recipe, save_recipe
+from imagine_opd.errors import ConfigError
+
+CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"distillation_mode": "both"}, "distillation_mode='both': expected one of full, sampled_token"),
+        ({"distillation_alpha": 0.5}, r"distillation_alpha=0.5: expected 1.0"),
+        ({"teacher_model_kind": "ema"}, "teacher_model_kind='ema': expected 'base'"),
+        ({"temperature": 0.0}, "temperature=0.0: expected at least"),
+        ({"temperature": "hot"}, "temperature='hot': expected a number"),
+        ({"num_generations": 0}, "num_generations=0: expected at least 1"),
+        ({"max_completion_length": 0}, "max_completion_length=0"),
+        ({"advantage_baseline": "expected"}, "goes with distillation_mode='sampled_token'"),
+        ({"top_p": 0.9}, "distillation_mode='full' needs top_p=1.0"),
+        ({"dual_clip": 1.0}, "dual_clip=1.0: expected more than 1"),
+        ({"min_pixels": 100, "max_pixels": 50}, "min_pixels=100 is above max_pixels=50"),
+        ({"student_prompt_template": "look"}, "expected the placeholder {question}"),
+        ({"teacher_prompt_template": "{question} {crop}"}, "expected the placeholder {question}"),
+        ({"answer_hint_template": "{answer"}, "answer_hint_template"),
+        ({"num_loss_tokens_to_skip": 256}, "leaves nothing"),
+        ({"remove_unused_columns": True}, "would strip the rows"),
+        ({"lr_scheduler_type": "zigzag"}, "zigzag"),
+        ({"box_format": "cxcywh"}, "box_format='cxcywh'"),
+    ],
+)
+def test_bad_value_is_refused_with_field_value_and_fix(tmp_path, fields, message):
+    with pytest.raises(ConfigError) as caught:
+        build_config(tmp_path, fields)
+    assert message in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_unknown_field_names_the_nearest(tmp_path):
+    with pytest.raises(
+        ConfigError, match="unknown config field 'max_completion_len'; did you mean 'max_completion_length'"
+    ):
+        build_config(tmp_path, {"max_completion_len": 3})
+
+
+def test_defaults_are_the_papers(tmp_path):
+    config = ImagineOPDConfig(output_dir=str(tmp_path))
+    assert (config.learning_rate, config.weight_decay, config.max_grad_norm) == (1e-6, 0.01, 1.0)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 32
+    assert (config.num_generations, config.temperature, config.max_completion_length) == (1, 1.0, 256)
+    assert (config.epsilon, config.epsilon_high, config.dual_clip) == (0.2, 0.3, 3.0)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_recipe_loads(path, tmp_path):
+    fields = read_numbers(read_config(path))
+    assert {"model", "data", "output_dir"} <= fields.keys()
+    for name in ("model", "data", "output_dir"):
+        fields.pop(name)
+    fields["bf16"] = False  # refused by TrainingArguments where there is no such device
+    config = build_config(tmp_path, fields)
+    assert config.distillation_mode in ("full", "sampled_token")
+
+
+def test_recipe_travels_with_the_model(tmp_path):
+    config = build_config(tmp_path, {"min_pixels": 2304, "max_pixels": 2304, "student_prompt_template": "{question}!"})
+    save_recipe(config, tmp_path)
+    recipe = load_recipe(tmp_path)
+    assert recipe["student_prompt_template"] == "{question}!"
+    assert build_config(tmp_path, recipe).max_pixels == 2304
+    assert load_recipe("some/hub-name") == {}
+    (tmp_path / RECIPE_FILE).write_text("{")
+    with pytest.raises(ConfigError, match="not readable as JSON"):
+        load_recipe(tmp_path)
+    (tmp_path / RECIPE_FILE).write_text(json.dumps({"output_dir": "/"}))
+    with pytest.raises(ConfigError, match="output_dir"):
+        load_recipe(tmp_path)
+
+
+def test_yaml_numbers_in_exponent_form_are_numbers(tmp_path):
+    assert yaml.safe_load("1e-6") == "1e-6"  # the trap
+    assert read_numbers({"learning_rate": "1e-6"}) == {"learning_rate": 1e-6}
+    with pytest.raises(ConfigError, match="learning_rate='fast'"):
+        read_numbers({"learning_rate": "fast"})

@@ -1,0 +1,148 @@
+"""Views of bad input: each fault an error value with its reason and the fix; hostile bytes never an abort."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import random
+
+import numpy as np
+import pytest
+from pictures import (
+    CONFIG,
+    GOOD,
+    JPEG,
+    draw_image,
+    encode,
+    png_header,
+)
+from PIL import Image
+
+from imagine_opd.types import Box, Row, RowViews, ViewError
+from imagine_opd.views import check_images, make_views
+
+ERRORS = [
+    ({"image": "no/such.jpg"}, "missing", "no/such.jpg does not exist"),
+    ({"image": "."}, "unreadable", "image . cannot be read (it is a directory)"),
+    ({"image": os.devnull}, "unreadable", "it is not a regular file"),
+    ({"image": 7}, "unreadable", "image 0 is a int; expected bytes, a path or a PIL image"),
+    ({"image": png_header(100_000, 100_000)}, "too_large", "100000x100000 pixels, over max_image_pixels=178956970"),
+    ({"image": GOOD + bytes(1 << 20)}, "too_large", "over max_image_bytes=1048576"),
+    ({"image": encode(draw_image(1005, 5))}, "aspect", "is 1005x5 pixels, sides more than 200 to 1"),
+    ({"image": GOOD, "boxes": [(0, 0, 200, 0.5)]}, None, ""),
+    ({"image": encode(draw_image(1000, 10)), "boxes": [(0, 0, 1000, 1)]}, "aspect", "a crop of 1000x1 pixels"),
+    ({"image": JPEG[: len(JPEG) // 2]}, "truncated", "is truncated"),
+    ({"image": GOOD[: len(GOOD) // 2]}, "truncated", "is truncated (the data ends early)"),
+    ({"image": b""}, "truncated", "the file is empty"),
+    ({"image": b"GIF89a"}, "undecodable", "expected an intact JPEG, PNG or WebP"),
+    ({"image": GOOD, "boxes": [(-1.5, 0, 10, 10)]}, "box_outside", "outside its image of 200x100 pixels"),
+    ({"image": GOOD, "boxes": [(0, 0, 10, 101.5)]}, "box_outside", "expected 0 <= x0 < x1 <= 200 and 0 <= y0"),
+    ({"image": GOOD, "boxes": [(9, 4, 9, 20)]}, "box_empty", "box (9, 4, 9, 20) has no width; expected x0 < x1"),
+    ({"image": GOOD, "boxes": [(9, 4, 19, 4)]}, "box_empty", "has no height"),
+    (
+        {"image": GOOD, "boxes": [(1, 1, 9, 9), (10, 4, 9, 20)]},
+        "box_reversed",
+        "box (10, 4, 9, 20) is reversed; expected x0 < x1 and y0 < y1",
+    ),
+    ({"image": GOOD, "boxes": [(0, 0, float("nan"), 9)]}, "box_not_finite", "box (0, 0, NaN, 9) has a side"),
+    ({"image": GOOD, "boxes": [(0, 0, 9)]}, "box_not_finite", "box (0, 0, 9) is not four numbers"),
+    ({"image": GOOD, "boxes": [1, 2, 3, 4]}, "box_not_finite", "box 1 is not four numbers"),
+    ({"image": GOOD, "boxes": [Box(0, 0, 9, 9, image=1)]}, "box_image", "lies on image 1, but the row has 1"),
+    ({"image": GOOD, "boxes": [Box(0, 0, 9, 9, image=-1)]}, "box_image", "lies on image -1"),
+    ({"images": []}, "no_image", "the row has no image"),
+    ({}, "no_image", "give it `image` or `images`"),
+    (None, "no_image", "the row is a NoneType"),
+]
+
+
+class TestErrors:
+    @pytest.mark.parametrize(("row", "reason", "text"), ERRORS, ids=[str(case[1]) for case in ERRORS])
+    def test_bad_row_names_reason_and_fix(self, row, reason, text):
+        config = dataclasses.replace(CONFIG, max_image_bytes=1 << 20)
+        fine = {"image": GOOD}
+        before, found, after = make_views([fine, row, fine], config)
+        assert isinstance(before, RowViews)
+        assert isinstance(after, RowViews)
+        assert after.row == 2
+        if reason is None:
+            assert isinstance(found, RowViews)
+            return
+        assert isinstance(found, ViewError)
+        assert (found.row, found.reason) == (1, reason)
+        assert found.message.startswith("row 1: ")
+        assert text in found.message
+
+    @pytest.mark.parametrize(("row", "reason", "text"), ERRORS, ids=[str(case[1]) for case in ERRORS])
+    def test_check_finds_what_the_header_tells(self, row, reason, text):
+        config = dataclasses.replace(CONFIG, max_image_bytes=1 << 20)
+        found = check_images([row], config)[0]
+        if reason is None or row == {"image": JPEG[: len(JPEG) // 2]}:
+            assert found is None  # a JPEG's pixels end early where no header tells
+        else:
+            assert found == make_views([row], config)[0]
+            assert text in found.message
+
+    def test_message_opens_with_the_source(self):
+        row = Row(images=(GOOD,), question="?", boxes=(Box(10, 4, 9, 20),), source="rows.jsonl:17")
+        expected = "rows.jsonl:17: box (10, 4, 9, 20) is reversed; expected x0 < x1 and y0 < y1"
+        assert make_views([row]) == [ViewError(0, "box_reversed", expected)]
+        assert (
+            make_views([{"image": GOOD, "boxes": [(10, 4, 9, 20)], "source": "rows.jsonl:17"}])[0].message == expected
+        )
+
+    def test_unreadable_file_is_named(self, tmp_path):
+        path = tmp_path / "pipe.png"
+        os.mkfifo(path)  # must not wait for a writer
+        (found,) = make_views([{"image": path}])
+        assert (found.reason, str(path) in found.message) == ("unreadable", True)
+
+    def test_broken_pil_image_is_an_error_value(self):
+        lazy = Image.open(io.BytesIO(JPEG[: len(JPEG) // 2]))
+        (found,) = make_views([{"image": lazy}])
+        assert found.reason == "unreadable"
+        assert "PIL image that cannot be read" in found.message
+
+
+class TestHostile:
+    SAMPLES = (
+        JPEG,
+        encode(draw_image(120, 90), "JPEG", progressive=True),
+        GOOD,
+        encode(draw_image(120, 90, mode="P")),
+        encode(draw_image(120, 90), "WEBP", lossless=True),
+        encode(draw_image(120, 90), "WEBP", quality=80),
+    )
+
+    @pytest.mark.parametrize("data", SAMPLES, ids=["jpeg", "progressive", "png", "palette", "lossless", "lossy"])
+    def test_truncated_file_is_an_error_at_every_cut(self, data):
+        cuts = [len(data) * step // 20 for step in range(20)] + [len(data) - 9, len(data) - 1]
+        for found in make_views([{"image": data[:cut]} for cut in cuts], CONFIG):
+            assert isinstance(found, ViewError)
+            assert found.reason in {"truncated", "undecodable"}, found
+
+    @pytest.mark.parametrize("data", SAMPLES, ids=["jpeg", "progressive", "png", "palette", "lossless", "lossy"])
+    def test_flipped_bytes_give_pixels_or_an_error(self, data):
+        rng = random.Random(11)
+        rows = []
+        for _ in range(60):
+            bad = bytearray(data)
+            for _ in range(rng.randint(1, 6)):
+                # Half of the flips in the header, where sizes and tables are.
+                place = rng.randrange(min(700, len(bad))) if rng.random() < 0.5 else rng.randrange(len(bad))
+                bad[place] = rng.randrange(256)
+            rows.append({"image": bytes(bad)})
+        config = dataclasses.replace(CONFIG, max_image_pixels=1 << 20)
+        for found in make_views(rows, config):
+            if isinstance(found, ViewError):
+                assert found.reason in {"truncated", "undecodable", "too_large", "aspect"}, found
+            else:
+                assert np.isfinite(found.teacher.pixel_values).all()
+
+    def test_thousand_scans_are_refused(self):
+        data = encode(draw_image(64, 64), "JPEG", progressive=True)
+        last = data.rindex(b"\xff\xda")
+        bomb = data[:-2] + data[last:-2] * 1000 + b"\xff\xd9"
+        (found,) = make_views([{"image": bomb}], CONFIG)
+        assert isinstance(found, ViewError)
+        assert found.reason == "undecodable"
