@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 import imagine_opd
@@ -119,6 +120,80 @@ def test_bad_rows_can_be_left_out_and_are_counted(dataset, tmp_path, capsys):
     result = imagine_opd.train(base_model_path(), dataset, output_dir=tmp_path / "run", **fields)
     assert result.global_step == 1
     assert "2 of 8 rows left out: 1 malformed, 1 missing" in capsys.readouterr().out
+
+
+def test_every_fault_is_named_when_no_row_is_sound(tmp_path, make_rows):
+    rows = [{"picture": row.images[0], "question": row.question} for row in make_rows(3)]
+    with pytest.raises(RowError) as caught:
+        imagine_opd.train(base_model_path(), rows, output_dir=tmp_path / "run", **QUICK)
+    assert "3 of 3 rows cannot be used" in str(caught.value)
+    assert "row 0: has no image" in str(caught.value)
+
+
+def test_rows_without_boxes_are_counted(tmp_path, make_rows, capsys):
+    rows = [{"image": row.images[0], "question": row.question, "bboxes": row.boxes} for row in make_rows(3)]
+    imagine_opd.train(base_model_path(), rows, output_dir=tmp_path / "run", **QUICK)
+    assert "3 of 3 rows have no 'boxes'" in capsys.readouterr().out
+
+
+def test_text_that_cannot_be_asked_is_refused_before_the_run(dataset, tmp_path):
+    change_row(dataset, 3, question="what <|image_pad|> ?")
+    with pytest.raises(RowError, match="rows.jsonl:4: the text contains the image placeholder"):
+        imagine_opd.train(base_model_path(), dataset, output_dir=tmp_path / "run", **QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_rows_without_answers_are_refused_before_the_run(dataset, tmp_path, make_rows):
+    rows = [{"image": row.images[0], "question": row.question} for row in make_rows(2)]
+    with pytest.raises(RowError, match="none of the 2 rows of eval_data has an answer"):
+        imagine_opd.train(base_model_path(), dataset, output_dir=tmp_path / "run", eval_data=rows, **QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("resume", [True, "nowhere/checkpoint-1"])
+def test_resume_without_a_checkpoint_is_refused(dataset, tmp_path, resume):
+    with pytest.raises(ConfigError, match="resume_from_checkpoint"):
+        imagine_opd.train(
+            base_model_path(), dataset, output_dir=tmp_path / "run", resume_from_checkpoint=resume, **QUICK
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_true_goes_on_from_the_last_checkpoint(dataset, tmp_path):
+    fields = {**QUICK, "save_strategy": "steps", "save_steps": 1}
+    whole = imagine_opd.train(base_model_path(), dataset, output_dir=tmp_path / "a", **{**fields, "max_steps": 3})
+    imagine_opd.train(base_model_path(), dataset, output_dir=tmp_path / "b", **{**fields, "max_steps": 3})
+    for name in ("checkpoint-3", "checkpoint-2"):
+        import shutil
+
+        shutil.rmtree(tmp_path / "b" / name)
+    resumed = imagine_opd.train(
+        base_model_path(), dataset, output_dir=tmp_path / "b", resume_from_checkpoint=True, **{**fields, "max_steps": 3}
+    )
+    assert resumed.global_step == 3
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_trained_pixel_budget_travels_in_the_processor(dataset, tmp_path):
+    from transformers import AutoProcessor
+
+    fields = {**QUICK, "min_pixels": 96 * 96, "max_pixels": 96 * 96, "max_steps": 1}
+    imagine_opd.train(base_model_path(), dataset, output_dir=tmp_path / "run", **fields)
+    size = AutoProcessor.from_pretrained(tmp_path / "run").image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (96 * 96, 96 * 96)
+
+
+def test_damaged_weights_are_named(tmp_path, dataset):
+    import shutil
+
+    shutil.copytree(base_model_path(), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        imagine_opd.train(tmp_path / "model", dataset, output_dir=tmp_path / "run", **QUICK)
 
 
 def test_unknown_field_is_refused(dataset, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from imagine_opd.cli import build_parser, main
-from imagine_opd.cli.train import parse_overrides
+from imagine_opd.cli.train import parse_overrides, read_overrides
 from imagine_opd.demo import base_model_path
 from imagine_opd.demo.recipe import TINY_RECIPE
 
@@ -78,7 +78,11 @@ def test_config_file_faults_are_named(tmp_path, capsys):
 
 def test_overrides_are_read_as_yaml():
     words = ["--learning_rate", "1.0e-6", "--bf16=true", "--max-steps", "3", "--output_dir", "a b"]
-    assert parse_overrides(words) == {"learning_rate": 1e-6, "bf16": True, "max_steps": 3, "output_dir": "a b"}
+    overrides = read_overrides(parse_overrides(words))
+    assert overrides == {"learning_rate": 1e-6, "bf16": True, "max_steps": 3, "output_dir": "a b"}
+    template = ["--student_prompt_template", "Q: {question}", "--resume_from_checkpoint", "true"]
+    overrides = read_overrides(parse_overrides(template))
+    assert overrides == {"student_prompt_template": "Q: {question}", "resume_from_checkpoint": True}
     with pytest.raises(ValueError, match="expected --field value, found 'stray'"):
         parse_overrides(["stray"])
 

@@ -23,7 +23,20 @@ CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
         ({"distillation_alpha": 0.5}, r"distillation_alpha=0.5: expected 1.0"),
         ({"teacher_model_kind": "ema"}, "teacher_model_kind='ema': expected 'base'"),
         ({"temperature": 0.0}, "temperature=0.0: expected at least"),
-        ({"temperature": "hot"}, "temperature='hot': expected a number"),
+        ({"temperature": "hot"}, "temperature='hot': expected a finite number"),
+        ({"temperature": float("inf")}, "temperature=inf: expected a finite number"),
+        ({"box_margin": float("nan")}, "box_margin=nan: expected a finite number"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: expected a finite number"),
+        ({"num_generations": 1.5}, "num_generations=1.5: expected a whole number"),
+        ({"answer_hint": "false"}, "answer_hint='false': expected true or false"),
+        ({"dual_clip": None}, "dual_clip=None: expected a finite number"),
+        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs: 'num_beams'"),
+        ({"generation_kwargs": {"beams": 2}}, "generation_kwargs: 'beams' is unknown"),
+        ({"generation_kwargs": [1]}, "generation_kwargs=[1]: expected a mapping"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize'"),
+        ({"repetition_penalty": 1.3}, "distillation_mode='full' needs 1.0"),
+        ({"train_sampling_strategy": "group_by_length"}, "expected 'random' or 'sequential'"),
+        ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),
         ({"num_generations": 0}, "num_generations=0: expected at least 1"),
         ({"max_completion_length": 0}, "max_completion_length=0"),
         ({"advantage_baseline": "expected"}, "goes with distillation_mode='sampled_token'"),
@@ -51,6 +64,10 @@ def test_unknown_field_names_the_nearest(tmp_path):
         ConfigError, match="unknown config field 'max_completion_len'; did you mean 'max_completion_length'"
     ):
         build_config(tmp_path, {"max_completion_len": 3})
+
+
+def test_either_name_of_activation_checkpointing_is_taken(tmp_path):
+    assert build_config(tmp_path, {"activation_checkpointing": True}).gradient_checkpointing
 
 
 def test_defaults_are_the_papers(tmp_path):

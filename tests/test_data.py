@@ -156,7 +156,7 @@ def test_broken_lines_are_counted_and_all_named_at_once(folder):
         ("rows.csv", "a,b", "unknown kind of file '.csv'"),
         ("rows.json", "{}", "expected a list of rows"),
         ("rows.json", "[", "not valid JSON"),
-        ("empty.jsonl", "", "no usable row"),
+        ("empty.jsonl", "", "holds no row"),
     ],
 )
 def test_unusable_file_is_refused(tmp_path, name, content, message):

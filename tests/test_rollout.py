@@ -124,12 +124,28 @@ def test_seeded_draw_repeats_and_leaves_the_random_state_alone(tiny, prompts):
     assert first.completion_ids_BT.tolist() != other.completion_ids_BT.tolist()
 
 
-def test_checkpoint_sampling_defaults_do_not_leak_into_rollouts(tiny, prompts):
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"top_k": 1, "top_p": 0.1, "temperature": 0.01},
+        {"min_p": 0.9},
+        {"typical_p": 0.1},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 17},
+        {"suppress_tokens": [22, 23, 24]},
+        {"num_beams": 2},
+        {"num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"repetition_penalty": 3.0},
+    ],
+    ids=lambda defaults: next(iter(defaults)),
+)
+def test_checkpoint_sampling_defaults_do_not_leak_into_rollouts(tiny, prompts, defaults):
     model = copy.deepcopy(tiny.model)
     engine = HFEngine(read_token_ids(model, tiny.processor))
     plain = engine.generate(model, prompts, SamplingConfig(18), seed=2)
-    model.generation_config.top_k, model.generation_config.top_p = 1, 0.1
-    model.generation_config.temperature = 0.01
-    assert torch.equal(
-        plain.completion_ids_BT, engine.generate(model, prompts, SamplingConfig(18), seed=2).completion_ids_BT
-    )
+    for name, value in defaults.items():
+        setattr(model.generation_config, name, value)
+    again = engine.generate(model, prompts, SamplingConfig(18), seed=2)
+    assert torch.equal(plain.completion_ids_BT, again.completion_ids_BT)
+    assert all(getattr(model.generation_config, name) == value for name, value in defaults.items())

@@ -14,8 +14,15 @@ from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.errors import TeacherError
 from imagine_opd.models import read_token_ids
 from imagine_opd.prompts import PromptConfig, build_prompts
-from imagine_opd.rollout import HFEngine
-from imagine_opd.teacher import TeacherReport, build_teacher, check_teacher, refuse_bad_report, refuse_blind_prompt
+from imagine_opd.rollout import HFEngine, SamplingConfig
+from imagine_opd.teacher import (
+    TeacherReport,
+    build_teacher,
+    check_teacher,
+    refuse_blind_prompt,
+    refuse_other_teacher,
+    save_teacher_fingerprint,
+)
 from imagine_opd.views import make_views
 
 
@@ -30,12 +37,13 @@ def pairs(tiny, make_rows):
 
 def run_checks(tiny, student, teacher, pairs, identical=True) -> TeacherReport:
     engine = HFEngine(read_token_ids(student, tiny.processor))
-    return check_teacher(student, teacher, pairs, engine, TINY_RECIPE["max_completion_length"], identical)
+    return check_teacher(student, teacher, pairs, engine, SamplingConfig(18), 0, identical)
 
 
 def test_sound_teacher_has_no_drift_low_entropy_and_a_gap(tiny, pairs):
     report = run_checks(tiny, tiny.model, build_teacher(tiny.model, tiny.processor), pairs)
     assert report.identical_view_drift < 1e-4
+    assert report.rollout_drift < 1e-4
     assert 0.0 < report.teacher_entropy < 1.0
     assert report.privilege_gap > 0.1
     assert report.image_tokens_teacher > report.image_tokens_student
@@ -61,9 +69,10 @@ def test_dead_teacher_is_stopped(tiny, pairs):
 
 
 def test_teacher_with_nan_weights_is_stopped(tiny, pairs):
-    report = TeacherReport(8, 0.0, float("nan"), 0.1, 9, 13)
+    broken = build_teacher(tiny.model, tiny.processor)
+    broken.model.language_model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(TeacherError, match="NaN or infinity"):
-        refuse_bad_report(report, 59, True)
+        run_checks(tiny, tiny.model, broken, pairs)
 
 
 def test_copy_that_disagrees_under_one_view_is_stopped(tiny, pairs):
@@ -79,14 +88,42 @@ def test_copy_that_disagrees_under_one_view_is_stopped(tiny, pairs):
 def test_blind_prompt_is_stopped(pairs):
     prompt = pairs[0].student
     black = dataclasses.replace(prompt.view, pixel_values=np.zeros_like(prompt.view.pixel_values))
-    with pytest.raises(TeacherError, match="student's pixels are all zero"):
+    with pytest.raises(TeacherError, match="student's pixels of image 0 are all zero"):
         refuse_blind_prompt(dataclasses.replace(prompt, view=black), "student")
     short = dataclasses.replace(prompt.view, pixel_values=prompt.view.pixel_values[:-1])
     with pytest.raises(TeacherError, match="grid says 36 patches, its pixels hold 35"):
         refuse_blind_prompt(dataclasses.replace(prompt, view=short), "teacher")
+    crop = pairs[0].teacher
+    half = crop.view.pixel_values.copy()
+    half[36:] = 0.0
+    dark = dataclasses.replace(crop.view, pixel_values=half)
+    with pytest.raises(TeacherError, match="teacher's pixels of image 1 are all zero"):
+        refuse_blind_prompt(dataclasses.replace(crop, view=dark), "teacher")
     lost = (0,) * len(prompt.mm_token_type_ids)
     with pytest.raises(TeacherError, match="holds 0 image tokens"):
         refuse_blind_prompt(dataclasses.replace(prompt, mm_token_type_ids=lost), "teacher")
+    fewer = (1,) * 4 + lost[4:]  # a divisor of the patch count is not enough
+    with pytest.raises(TeacherError, match="holds 4 image tokens where its pixels give 9"):
+        refuse_blind_prompt(dataclasses.replace(prompt, mm_token_type_ids=fewer), "teacher")
+
+
+def test_scoring_that_reads_another_position_than_was_sampled_is_stopped(tiny, pairs, monkeypatch):
+    from imagine_opd import teacher as teacher_module
+
+    exact = teacher_module.score_side
+    shifted = lambda *args: exact(*args).roll(1, 0)  # noqa: E731
+    monkeypatch.setattr(teacher_module, "score_side", shifted)
+    with pytest.raises(TeacherError, match="nats per token away from how they were sampled"):
+        run_checks(tiny, tiny.model, build_teacher(tiny.model, tiny.processor), pairs)
+
+
+def test_checkpoint_of_another_teacher_is_refused(tiny, tmp_path):
+    save_teacher_fingerprint(tiny.model, tmp_path)
+    refuse_other_teacher(tiny.model, tmp_path)
+    with torch.no_grad():
+        tiny.model.lm_head.weight[0, 0] += 1e-3
+    with pytest.raises(TeacherError, match="was trained with another teacher"):
+        refuse_other_teacher(tiny.model, tmp_path)
 
 
 def test_teacher_of_another_vocabulary_is_refused(tiny, tmp_path):

@@ -12,7 +12,7 @@ import torch
 import imagine_opd
 from imagine_opd.config import build_config
 from imagine_opd.demo.recipe import TINY_RECIPE
-from imagine_opd.errors import ConfigError, RowError
+from imagine_opd.errors import ConfigError, RowError, TeacherError
 from imagine_opd.trainer import ImagineOPDTrainer
 from imagine_opd.types import Row
 
@@ -50,6 +50,10 @@ def compute_gradients(trainer: ImagineOPDTrainer, rows: list[Row], size: int) ->
 
 def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def read_metrics(trainer: ImagineOPDTrainer) -> list[dict]:
+    return [json.loads(line) for line in Path(trainer.args.output_dir, "metrics.jsonl").read_text().splitlines()]
 
 
 def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
@@ -135,6 +139,10 @@ def test_training_with_accumulation_ends_at_the_same_weights(tiny, make_rows, tm
     one.train()
     four.train()
     assert largest_difference(weights_of(one.model), weights_of(four.model)) < 2e-4
+    # The clip and Adam forgive a wrong scale of the loss; the logged figures do not.
+    logs = [read_metrics(trainer)[0] for trainer in (one, four)]
+    for name in ("loss", "grad_norm", "reverse_kl"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["full", "sampled_token"])
@@ -226,8 +234,71 @@ def test_row_whose_image_breaks_during_the_run_is_dropped_and_counted(tiny, make
     assert "data.jsonl:2" in capsys.readouterr().out
     lines = [json.loads(line) for line in Path(trainer.args.output_dir, "metrics.jsonl").read_text().splitlines()]
     assert sum(value for key, value in lines[0].items() if key.startswith("rows_dropped/")) == 1.0
-    with pytest.raises(RowError, match="none of the 1 rows"):
-        take_micro_batches(trainer, [rows[1]], 1)
+
+
+def test_steps_without_a_usable_row_change_nothing_and_many_of_them_stop_the_run(tiny, make_rows, tmp_path):
+    row = make_rows(1)[0]
+    broken = Row((row.images[0][:200],), row.question, row.boxes, source="data.jsonl:2")
+    trainer = make_trainer(tiny, [broken, row], tmp_path)
+    for _ in range(9):
+        micro_batches, total = take_micro_batches(trainer, [broken], 1)
+        loss = trainer.compute_loss(trainer.model, micro_batches[0], num_items_in_batch=total)
+        loss.backward()
+        assert float(loss.detach()) == 0.0
+    assert all(float(p.grad.abs().max()) == 0.0 for p in trainer.model.parameters() if p.grad is not None)
+    with pytest.raises(RowError, match="no row of the last 10 steps"):
+        take_micro_batches(trainer, [broken], 1)
+
+
+def test_text_that_cannot_be_asked_costs_its_row(tiny, make_rows, tmp_path, capsys):
+    rows = make_rows(2)
+    rows[0] = Row(rows[0].images, "what <|image_pad|> ?", rows[0].boxes, source="data.jsonl:1")
+    trainer = make_trainer(tiny, rows, tmp_path)
+    micro_batches, _ = take_micro_batches(trainer, rows, 2)
+    assert len(micro_batches[0].prompts) == 1
+    assert "data.jsonl:1: the text contains the image placeholder" in capsys.readouterr().out
+
+
+def test_row_without_a_crop_gets_the_students_instruction(tiny, make_rows, tmp_path):
+    row = make_rows(1)[0]
+    plain = Row(row.images, row.question)
+    trainer = make_trainer(tiny, [plain], tmp_path, teacher_prompt_template="what digit is on {question}")
+    with_crop, without = trainer._build_pairs([row, plain])
+    assert with_crop.teacher.text != with_crop.student.text
+    assert without.teacher.text == without.student.text
+
+
+def test_generation_batch_size_bounds_a_call_and_leaves_the_loss_whole(tiny, make_rows, tmp_path, monkeypatch):
+    rows = make_rows(5)
+    trainer = make_trainer(tiny, rows, tmp_path, generation_batch_size=2)
+    sizes = []
+    generate = trainer.engine.generate
+    spy = lambda model, prompts, *args: sizes.append(len(prompts)) or generate(model, prompts, *args)  # noqa: E731
+    monkeypatch.setattr(trainer.engine, "generate", spy)
+    whole, total = take_micro_batches(trainer, rows, 5)
+    split, same_total = take_micro_batches(trainer, rows, 1)
+    assert sizes == [2, 2, 1] * 2
+    assert int(total) == int(same_total)
+    ids_BT = torch.cat([part.rollouts.completion_ids_BT for part in split])
+    assert torch.equal(whole[0].rollouts.completion_ids_BT, ids_BT)
+
+
+def test_bf16_reaches_both_scored_forwards(tiny, make_rows, tmp_path):
+    trainer = make_trainer(tiny, make_rows(2), tmp_path, bf16=True)
+    seen = {}
+    for name, model in (("student", trainer.model), ("teacher", trainer.teacher)):
+        layer = model.model.language_model.layers[0].mlp.down_proj
+        layer.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output.dtype}))
+    micro_batches, total = take_micro_batches(trainer, make_rows(2), 2)
+    loss = trainer.compute_loss(trainer.model, micro_batches[0], num_items_in_batch=total)
+    assert seen == {"student": torch.bfloat16, "teacher": torch.bfloat16}
+    assert loss.dtype == torch.float32
+
+
+def test_sixteen_bit_weights_are_warned_of(tiny, make_rows, tmp_path, capsys):
+    tiny.model.to(torch.bfloat16)
+    make_trainer(tiny, make_rows(2), tmp_path)
+    assert "the trained weights are 16-bit" in capsys.readouterr().out
 
 
 def test_run_folder_tells_what_happened(tiny, make_rows, tmp_path):
@@ -289,6 +360,39 @@ def test_second_run_in_a_folder_keeps_the_first_ones_metrics(tiny, make_rows, tm
         make_trainer(tiny, make_rows(4), tmp_path, max_steps=1).train()
     assert (tmp_path / "run" / "metrics.1.jsonl").is_file()
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+def test_another_teacher_on_resume_is_refused(tiny, make_rows, tmp_path):
+    fields = {"save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tiny, make_rows(4), tmp_path, **fields)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    args = build_config(tmp_path / "again", {**RUN, **fields})
+    wrong = ImagineOPDTrainer(str(checkpoint), args, make_rows(4), processor=tiny.processor)  # as teacher: half trained
+    with pytest.raises(TeacherError, match="was trained with another teacher"):
+        wrong.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eval_strategy": "steps"}, "eval_strategy='steps' needs eval_data"),
+        ({"dataloader_drop_last": True}, "leaves none"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_rows_are_refused(tiny, make_rows, tmp_path, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(tiny, make_rows(2), tmp_path, **fields)
+
+
+def test_best_model_is_chosen_by_accuracy(tiny, make_rows, tmp_path):
+    fields = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = build_config(tmp_path / "run", {**RUN, **fields, "load_best_model_at_end": True})
+    trainer = ImagineOPDTrainer(tiny.model, args, make_rows(4), make_rows(4), processor=tiny.processor)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+    lines = read_metrics(trainer)
+    assert [line["eval_rows"] for line in lines if "eval_rows" in line] == [4.0, 4.0]
 
 
 def test_evaluation_without_rows_is_refused(tiny, make_rows, tmp_path):

@@ -9,21 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from imagine_opd.answers import extract_answer
 from imagine_opd.config import ImagineOPDConfig, build_config, load_recipe
 from imagine_opd.data import BadRow, LoadedRows, load_rows
-from imagine_opd.data.load import describe_bad_rows, describe_source, raise_bad_rows
+from imagine_opd.data.load import describe_bad_rows, raise_bad_rows
 from imagine_opd.data.rows import RowContext, parse_row
-from imagine_opd.errors import ImageError, OutputError
+from imagine_opd.errors import ConfigError, ImageError, OutputError, RowError
 from imagine_opd.evaluation import EvalResult, answer_prompts, evaluate_model
 from imagine_opd.models import load_model, load_processor, read_token_ids
-from imagine_opd.prompts import build_prompt
+from imagine_opd.prompts import build_prompt, refuse_placeholder
 from imagine_opd.rollout import HFEngine
-from imagine_opd.trainer import ImagineOPDTrainer, make_view_config
-from imagine_opd.types import Row, ViewConfig, ViewError
+from imagine_opd.settings import make_view_config
+from imagine_opd.trainer import ImagineOPDTrainer
+from imagine_opd.types import Row, ViewError
 from imagine_opd.views import check_images, make_views
 
-_CHECK_BATCH = 64
+_CHECK_BATCH = 8  # float32 views of large images are 24 bytes a pixel
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,12 @@ def train(
     """
     args = build_config(output_dir, {**load_recipe(model), **config})
     refuse_unwritable(Path(args.output_dir))
+    resume = find_checkpoint(resume_from_checkpoint, Path(args.output_dir))
+    described = {"model": model, "data": data, "eval_data": eval_data, "teacher": teacher, "processor": processor}
     processor = load_processor(processor, model)
-    view_config = make_view_config(processor, args)
-    rows = load_checked_rows(data, view_config, args)
-    eval_rows = None if eval_data is None else load_checked_rows(eval_data, view_config, args)
+    rows = load_checked_rows(data, processor, args)
+    report_missing(rows, args)
+    eval_rows = None if eval_data is None else load_checked_rows(eval_data, processor, args)
     trainer = ImagineOPDTrainer(
         model=model,
         args=args,
@@ -84,16 +89,15 @@ def train(
         eval_dataset=eval_rows,
         processor=processor,
         teacher=teacher,
-        run_description={"model": describe_model(model), "data": describe_source(data), "rows": len(rows)},
+        run_description={**{name: describe(value) for name, value in described.items()}, "rows": len(rows)},
     )
-    resume = str(resume_from_checkpoint) if isinstance(resume_from_checkpoint, Path) else resume_from_checkpoint
     output = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
     metrics = dict(output.metrics)
     if eval_rows is not None:
         metrics.update(trainer.evaluate())
-    trainer.save_model()
     trainer.save_state()
-    return TrainResult(Path(args.output_dir), trainer.model, processor, metrics, trainer.state.global_step)
+    return TrainResult(Path(args.output_dir), trainer.model, trainer.processor, metrics, trainer.state.global_step)
 
 
 def evaluate(
@@ -110,10 +114,12 @@ def evaluate(
     `options` are `ImagineOPDConfig` fields; a folder trained by us brings the prompts and pixel budgets it was
     trained with. Raises `ConfigError` and `RowError`.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size!r}: expected at least 1")
+    modes = (modes,) if isinstance(modes, str) else modes
     loaded, processor, args = _open_model(model, processor, options)
-    view_config = make_view_config(processor, args)
-    rows = load_checked_rows(data, view_config, args)
-    return evaluate_model(loaded, processor, rows, view_config, args, modes, batch_size)
+    rows = load_checked_rows(data, processor, args)
+    return evaluate_model(loaded, processor, rows, make_view_config(processor, args), args, modes, batch_size)
 
 
 def ask(model: Any, image: Any, question: str, *, processor: Any = None, **options: Any) -> Answer:
@@ -131,16 +137,23 @@ def ask(model: Any, image: Any, question: str, *, processor: Any = None, **optio
     return Answer(text, text.split("<answer>")[0].strip(), extract_answer(text, letters=None))
 
 
-def load_checked_rows(data: Any, view_config: ViewConfig, args: ImagineOPDConfig) -> tuple[Row, ...]:
-    """Rows whose images are there and fit their boxes: all headers read, the first `check_rows` images decoded.
+def load_checked_rows(data: Any, processor: Any, args: ImagineOPDConfig) -> tuple[Row, ...]:
+    """Rows whose text is sound and whose images are there and fit their boxes: all headers read, the images of the
+    first `check_rows` rows decoded.
 
     Bad rows are raised together, or with `bad_rows="skip"` left out and the count printed with its reasons.
     """
     loaded: LoadedRows = load_rows(data, image_root=args.image_root, box_format=args.box_format, bad_rows="skip")
     bad = list(loaded.bad)
+    view_config = make_view_config(processor, args)
     faults: dict[int, ViewError] = {
         index: fault for index, fault in enumerate(check_images(loaded.rows, view_config)) if fault is not None
     }
+    for index, row in enumerate(loaded.rows):
+        try:
+            refuse_placeholder(row, processor)
+        except RowError as error:
+            faults.setdefault(index, ViewError(index, "text", str(error)))
     sound = [index for index in range(min(args.check_rows, len(loaded.rows))) if index not in faults]
     for start in range(0, len(sound), _CHECK_BATCH):
         part = sound[start : start + _CHECK_BATCH]
@@ -155,6 +168,33 @@ def load_checked_rows(data: Any, view_config: ViewConfig, args: ImagineOPDConfig
     if bad:
         print(describe_bad_rows(bad, total), flush=True)
     return rows
+
+
+def report_missing(rows: Sequence[Row], args: ImagineOPDConfig) -> None:
+    """Say how many rows have no evidence to show the teacher, and how many no answer for a hint that was asked for."""
+    without_box = sum(not row.boxes for row in rows)
+    if without_box:
+        print(f"{without_box} of {len(rows)} rows have no 'boxes': their teacher sees no more than the student")
+    without_answer = sum(row.answer is None for row in rows)
+    if args.answer_hint and without_answer:
+        print(f"{without_answer} of {len(rows)} rows have no 'answer': answer_hint has nothing to say there")
+
+
+def find_checkpoint(resume: str | Path | bool | None, folder: Path) -> str | None:
+    """The checkpoint folder to resume from, complete; `None` for a fresh start. Raises `ConfigError`."""
+    if resume is None or resume is False:
+        return None
+    found = Path(get_last_checkpoint(str(folder)) or "") if resume is True and folder.is_dir() else resume
+    if found is True or str(found) == ".":
+        raise ConfigError(f"resume_from_checkpoint=True: {str(folder)!r} holds no checkpoint to resume from")
+    path = Path(str(found))
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+        if not (path / name).is_file():
+            raise ConfigError(
+                f"resume_from_checkpoint={str(path)!r}: has no {name}, so the run could not go on exactly; "
+                "give a complete checkpoint-N folder (save_only_model=False)"
+            )
+    return str(path)
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -173,13 +213,12 @@ def refuse_unwritable(folder: Path) -> None:
         ) from error
 
 
-def describe_model(model: Any) -> str:
-    """A short name of a model for the run folder."""
-    return (
-        str(model)
-        if isinstance(model, (str, Path))
-        else f"{type(model).__name__} ({getattr(model, 'name_or_path', '')})"
-    )
+def describe(value: Any) -> str | None:
+    """A short name of a model, processor or data source for the run folder."""
+    if value is None or isinstance(value, (str, Path)):
+        return None if value is None else str(value)
+    name = getattr(value, "name_or_path", "")
+    return f"{type(value).__name__} ({name})" if name else type(value).__name__
 
 
 def _open_model(model: Any, processor: Any, options: dict[str, Any]) -> tuple[Any, Any, ImagineOPDConfig]:
@@ -189,7 +228,9 @@ def _open_model(model: Any, processor: Any, options: dict[str, Any]) -> tuple[An
     loaded = load_model(model, args.model_dtype)
     if loaded is not model:
         loaded.to(args.device)
-    return loaded.eval(), processor, args
+    if loaded is not model:
+        loaded.eval()
+    return loaded, processor, args
 
 
 def _name_image(image: Any) -> str:

@@ -81,13 +81,15 @@ def drop_lines_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines would also cut at U+2028 inside a text
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    written = path.with_suffix(".tmp")
+    written.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    written.replace(path)  # whole or not at all
 
 
 def set_aside(path: Path) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import string
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import GenerationConfig, TrainingArguments
 
 from imagine_opd.errors import ConfigError
 
@@ -31,8 +32,8 @@ TEACHER_INSTRUCTION = (
     "{question}\n"
     "First say which region of the image matters. Then imagine zooming in on it and say what becomes clearer. "
     "End with the answer in <answer></answer> tags. "
-    "The images after the first show that region magnified. Use them silently: write as if you saw only the first "
-    "image and never mention any other image, crop or view."
+    "The last images show that region magnified. Use them silently: write as if they were not there and never mention "
+    "another image, crop or view."
 )
 DIRECT_INSTRUCTION = "{question}\nAnswer at once in <answer></answer> tags."
 ANSWER_HINT = "\nThe reference answer is: {answer}. Use it silently."
@@ -60,7 +61,8 @@ class ImagineOPDConfig(TrainingArguments):
 
     Rollout (names of TRL)
         num_generations, max_completion_length (tokens), temperature (sampling and loss alike), top_p, top_k, min_p,
-        repetition_penalty, generation_kwargs, chat_template_kwargs.
+        repetition_penalty, generation_kwargs, chat_template_kwargs; generation_batch_size: completions sampled in one
+        call (`None`: all of a step).
 
     Views (pixels; `None`: the processor's own setting)
         min_pixels, max_pixels: budget of the global image, as an area.
@@ -94,7 +96,9 @@ class ImagineOPDConfig(TrainingArguments):
     teacher_check_rows: int = field(default=8, metadata={"help": "Rows used by the teacher checks."})
 
     num_generations: int = field(default=1, metadata={"help": "Completions per row (paper: 1)."})
+    generation_batch_size: int | None = field(default=None, metadata={"help": "Completions sampled in one call."})
     max_completion_length: int = field(default=256, metadata={"help": "Most new tokens per completion (paper: 256)."})
+    metric_for_best_model: str | None = field(default=None, metadata={"help": "Default: accuracy."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling and of both sides of the loss."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
     top_k: int = field(default=0, metadata={"help": "Top-k sampling; 0: off."})
@@ -140,11 +144,32 @@ class ImagineOPDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         refuse_bad_values(self)
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model, self.greater_is_better = "accuracy", True
         try:
             super().__post_init__()
         except (ValueError, TypeError) as error:
             raise ConfigError(f"config: {error}") from error
 
+
+_OWN_FIELDS = frozenset(
+    name
+    for name in ImagineOPDConfig.__annotations__
+    # The library's own fields keep the library's own checks.
+    if name not in TrainingArguments.__dataclass_fields__ or name in ("learning_rate", "weight_decay")
+)
+_CHECKPOINTING = {  # transformers renamed these; a recipe works with either release
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+_OUR_GENERATION = frozenset(
+    {
+        *("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+        *("eos_token_id", "pad_token_id", "use_cache", "num_beams", "num_return_sequences", "return_dict_in_generate"),
+        *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
+    }
+)
+_OUR_TEMPLATE_KEYS = frozenset(("tokenize", "add_generation_prompt", "return_dict", "return_tensors", "padding"))
 
 RECIPE_FIELDS = (
     "student_prompt_template",
@@ -171,6 +196,7 @@ _CHOICES = {
 }
 _RANGES = {
     "num_generations": (1, None),
+    "generation_batch_size": (1, None),
     "max_completion_length": (1, None),
     "temperature": (1e-6, None),
     "top_p": (1e-6, 1.0),
@@ -198,7 +224,10 @@ _RANGES = {
 
 
 def refuse_bad_values(config: ImagineOPDConfig) -> None:
-    """Raise `ConfigError` for a value out of range or two fields that do not go together."""
+    """Raise `ConfigError` for a value of a wrong kind or out of range, or two fields that do not go together."""
+    for item in dataclasses.fields(config):
+        if item.name in _OWN_FIELDS:
+            refuse_bad_kind(item.name, getattr(config, item.name), str(item.type))
     for name, choices in _CHOICES.items():
         if (value := getattr(config, name)) not in choices:
             raise ConfigError(f"{name}={value!r}: expected one of {', '.join(choices)}")
@@ -206,8 +235,6 @@ def refuse_bad_values(config: ImagineOPDConfig) -> None:
         value = getattr(config, name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{name}={value!r}: expected a number")
         if value < low or (high is not None and value > high):
             upper = f" and at most {high}" if high is not None else ""
             raise ConfigError(f"{name}={value!r}: expected at least {low}{upper}")
@@ -230,6 +257,18 @@ def refuse_bad_values(config: ImagineOPDConfig) -> None:
             "top_p, top_k and min_p change where the student is trained: distillation_mode='full' needs "
             "top_p=1.0, top_k=0 and min_p=None"
         )
+    if config.distillation_mode == "full" and config.repetition_penalty != 1.0:
+        raise ConfigError("repetition_penalty changes where the student is trained: distillation_mode='full' needs 1.0")
+    if config.train_sampling_strategy not in ("random", "sequential"):
+        raise ConfigError(
+            f"train_sampling_strategy={config.train_sampling_strategy!r}: expected 'random' or 'sequential'; "
+            "rows have no length before they are rolled out"
+        )
+    if config.include_num_input_tokens_seen not in (False, "no"):
+        raise ConfigError("include_num_input_tokens_seen: the two views differ in length; leave it off")
+    refuse_bad_keys("generation_kwargs", config.generation_kwargs, set(GenerationConfig().to_dict()) - _OUR_GENERATION)
+    if taken := set(config.chat_template_kwargs or {}) & _OUR_TEMPLATE_KEYS:
+        raise ConfigError(f"chat_template_kwargs: {sorted(taken)[0]!r} is set by the package; leave it out")
     if config.num_loss_tokens_to_skip >= config.max_completion_length:
         raise ConfigError(
             f"num_loss_tokens_to_skip={config.num_loss_tokens_to_skip} leaves nothing of "
@@ -246,6 +285,30 @@ def refuse_bad_values(config: ImagineOPDConfig) -> None:
     refuse_bad_template("answer_hint_template", config.answer_hint_template, ("answer",))
 
 
+def refuse_bad_kind(name: str, value: Any, kind: str) -> None:
+    """Raise `ConfigError` unless the value is of the field's annotated kind; numbers must be finite."""
+    if value is None and "None" in kind:
+        return
+    kind = kind.split(" |")[0].split("[")[0]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = {
+        "bool": isinstance(value, bool),
+        "int": is_number and not isinstance(value, float),
+        "float": is_number and math.isfinite(value),
+        "str": isinstance(value, str),
+        "dict": isinstance(value, dict),
+    }
+    expected = {"bool": "true or false", "int": "a whole number", "float": "a finite number", "str": "text"}
+    if not fits.get(kind, True):
+        raise ConfigError(f"{name}={value!r}: expected {expected.get(kind, 'a mapping')}")
+
+
+def refuse_bad_keys(name: str, value: dict[str, Any] | None, known: set[str]) -> None:
+    """Raise `ConfigError` for a key that is not known."""
+    if unknown := set(value or {}) - known:
+        raise ConfigError(f"{name}: {sorted(unknown)[0]!r} is unknown, or has a field of its own")
+
+
 def refuse_bad_template(name: str, template: str, fields: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless the template holds exactly the placeholders in `fields`."""
     try:
@@ -260,6 +323,7 @@ def refuse_bad_template(name: str, template: str, fields: tuple[str, ...]) -> No
 def build_config(output_dir: str | Path, fields: dict[str, Any]) -> ImagineOPDConfig:
     """The config for `output_dir` with `fields` set; an unknown field is a `ConfigError` that names the nearest one."""
     known = {item.name for item in dataclasses.fields(ImagineOPDConfig) if item.init}
+    fields = {_CHECKPOINTING.get(name, name) if name not in known else name: value for name, value in fields.items()}
     for name in fields:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from imagine_opd.errors import ConfigError
@@ -42,7 +43,7 @@ def load_model(model: Any, dtype: str = "float32") -> Any:
         return AutoModelForImageTextToText.from_pretrained(
             str(model), dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model {str(model)!r} cannot be loaded: {error}") from error
 
 

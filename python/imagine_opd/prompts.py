@@ -30,7 +30,9 @@ class PromptConfig:
 def build_prompts(row: Row, views: RowViews, processor: Any, config: PromptConfig) -> PromptPair:
     """Both prompts of a row. Raises `RowError` when the question holds an image placeholder, `ConfigError` when the
     chat template does not place one per image."""
-    teacher_template = config.teacher_template
+    # Without a crop the teacher's instruction would speak of images that are not there.
+    has_crops = len(views.teacher.image_grid_thw) > len(views.student.image_grid_thw)
+    teacher_template = config.teacher_template if has_crops else config.student_template
     hint = ""
     if config.answer_hint_template is not None and row.answer is not None:
         hint = config.answer_hint_template.format(answer=row.answer)
@@ -51,8 +53,7 @@ def build_prompt(
     """One side's prompt: rendered text, ids with expanded placeholders, modality ids, and the pixels they stand for."""
     image_token = str(processor.image_token)
     question = format_question(row)
-    if image_token in question + suffix:
-        raise RowError(f"{row.source or row.id}: the text contains the image placeholder {image_token!r}; remove it")
+    refuse_placeholder(row, processor)
     image_count = len(view.image_grid_thw)
     text_part = {"type": "text", "text": template.format(question=question) + suffix}
     messages = [{"role": "user", "content": [{"type": "image"}] * image_count + [text_part]}]
@@ -76,7 +77,18 @@ def build_prompt(
             f"the tokenizer turned {sum(counts)} image placeholders into {int(is_image.sum())} tokens; "
             f"{image_token!r} must be one token of it"
         )
-    return Prompt(text, tuple(ids.tolist()), tuple(is_image.astype(np.int64).tolist()), view)
+    types = tuple(is_image.astype(np.int64).tolist())
+    return Prompt(text, tuple(ids.tolist()), types, view, int(processor.image_processor.merge_size))
+
+
+def refuse_placeholder(row: Row, processor: Any) -> None:
+    """Raise `RowError` when a text of the row holds the image placeholder: it would ask for pixels of no image."""
+    image_token = str(processor.image_token)
+    for text in (row.question, row.answer or "", *row.options):
+        if image_token in text:
+            raise RowError(
+                f"{row.source or row.id}: the text contains the image placeholder {image_token!r}; remove it"
+            )
 
 
 def format_question(row: Row) -> str:

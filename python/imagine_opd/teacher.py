@@ -7,9 +7,12 @@ silence into a `TeacherError` or a logged number.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +25,9 @@ from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.scoring import score_side
 from imagine_opd.types import Prompt, PromptPair, Rollouts
 
+TEACHER_FILE = "teacher.json"
 _DRIFT_LIMIT = 0.05
+_ROLLOUT_DRIFT_LIMIT = 0.1  # bf16 activations differ by 0.01 to 0.05 between a cached and a whole forward
 _UNIFORM_MARGIN = 0.02
 
 
@@ -30,6 +35,8 @@ _UNIFORM_MARGIN = 0.02
 class TeacherReport:
     """What the start-up checks measured, in nats per token on the probe rows.
 
+    rollout_drift: mean |log-prob when sampled - log-prob when scored| of the student's own completions: the two
+        paths through the model must agree (0 up to rounding).
     identical_view_drift: largest |log p_S - log p_T| with both sides under the student's view (0 for a copy).
     teacher_entropy: mean entropy of the teacher under its own view; ln V would be a dead teacher.
     privilege_gap: mean log-prob of the teacher's own greedy trace under its view, minus under the student's: what
@@ -38,6 +45,7 @@ class TeacherReport:
     """
 
     rows: int
+    rollout_drift: float
     identical_view_drift: float
     teacher_entropy: float
     privilege_gap: float
@@ -89,7 +97,8 @@ def check_teacher(
     teacher: Any,
     pairs: Sequence[PromptPair],
     engine: HFEngine,
-    max_completion_length: int,
+    sampling: SamplingConfig,
+    seed: int,
     expect_identical: bool,
 ) -> TeacherReport:
     """Run the start-up checks on a few rows. Raises `TeacherError`; trains nothing and leaves the random state alone.
@@ -101,8 +110,9 @@ def check_teacher(
             refuse_blind_prompt(getattr(pair, side), side)
     was_training = student.training
     student.eval()
-    greedy = SamplingConfig(max_completion_length, temperature=0.0)
+    greedy = SamplingConfig(sampling.max_completion_length, temperature=0.0)
     try:
+        rollout_drift = measure_rollout_drift(student, [pair.student for pair in pairs], engine, sampling, seed)
         own = engine.generate(teacher, [pair.teacher for pair in pairs], greedy)
         seen = _score_views(student, teacher, pairs, own, engine, "student", "teacher")
         same = _score_views(student, teacher, pairs, own, engine, "student", "student")
@@ -114,6 +124,7 @@ def check_teacher(
     entropy = _mean_teacher_entropy(teacher, pairs, own, engine)
     report = TeacherReport(
         rows=len(pairs),
+        rollout_drift=rollout_drift,
         identical_view_drift=float((same.student_logprob_N - same.teacher_logprob_N).abs().max()),
         teacher_entropy=entropy,
         privilege_gap=float((seen.teacher_logprob_N - seen.student_logprob_N).mean()),
@@ -124,17 +135,38 @@ def check_teacher(
     return report
 
 
+def measure_rollout_drift(
+    student: Any, prompts: Sequence[Prompt], engine: HFEngine, sampling: SamplingConfig, seed: int
+) -> float:
+    """Mean |log p when sampled - log p when scored| of the student's completions, at the sampling temperature."""
+    rollouts = engine.generate(student, prompts, sampling, seed)
+    mask_BT = rollouts.completion_mask_BT
+    if not mask_BT.any():
+        return 0.0
+    with torch.no_grad():
+        hidden_ND = score_side(student, prompts, rollouts, mask_BT, engine.token_ids.pad)
+        logprobs_NV = (project(get_head(student), hidden_ND) / sampling.temperature).log_softmax(dim=-1)
+    scored_N = logprobs_NV.gather(1, rollouts.completion_ids_BT[mask_BT][:, None])[:, 0]
+    return float((scored_N - rollouts.sampling_logprobs_BT[mask_BT]).abs().mean())
+
+
 def refuse_blind_prompt(prompt: Prompt, side: str) -> None:
     """Raise `TeacherError` when a prompt's pixels are absent, all zero, or do not match its image tokens."""
     view = prompt.view
-    if view.pixel_values.size == 0 or not view.pixel_values.any():
-        raise TeacherError(f"the {side}'s pixels are all zero: it would learn blind; check the images and the views")
-    patches = int(view.image_grid_thw.prod(axis=1).sum())
-    if patches != len(view.pixel_values):
-        raise TeacherError(f"the {side}'s grid says {patches} patches, its pixels hold {len(view.pixel_values)}")
+    counts = [int(count) for count in view.image_grid_thw.prod(axis=1)]
+    if sum(counts) != len(view.pixel_values):
+        raise TeacherError(f"the {side}'s grid says {sum(counts)} patches, its pixels hold {len(view.pixel_values)}")
+    start = 0
+    for index, count in enumerate(counts):
+        if not view.pixel_values[start : start + count].any():
+            raise TeacherError(
+                f"the {side}'s pixels of image {index} are all zero: it would learn blind; check the images and views"
+            )
+        start += count
     tokens = sum(prompt.mm_token_type_ids)
-    if tokens == 0 or patches % tokens:
-        raise TeacherError(f"the {side}'s prompt holds {tokens} image tokens for {patches} patches")
+    merged = sum(count // prompt.merge_size**2 for count in counts)
+    if tokens == 0 or tokens != merged:
+        raise TeacherError(f"the {side}'s prompt holds {tokens} image tokens where its pixels give {merged}")
 
 
 def refuse_bad_report(report: TeacherReport, vocabulary_size: int, expect_identical: bool) -> None:
@@ -147,10 +179,15 @@ def refuse_bad_report(report: TeacherReport, vocabulary_size: int, expect_identi
             f"the teacher is uniform: entropy {report.teacher_entropy:.3f} of at most {uniform:.3f} nats; "
             "its weights look lost or untrained"
         )
+    if not report.rollout_drift <= _ROLLOUT_DRIFT_LIMIT:
+        raise TeacherError(
+            f"the student's completions are scored {report.rollout_drift:.3g} nats per token away from how they were "
+            f"sampled (limit {_ROLLOUT_DRIFT_LIMIT}): the model does not see the same prompt in both"
+        )
     if expect_identical and not report.identical_view_drift <= _DRIFT_LIMIT:
         raise TeacherError(
             f"teacher and student hold the same weights and saw the same view, yet their log-probs differ by "
-            f"{report.identical_view_drift:.3g} nats (limit {_DRIFT_LIMIT}): one of them is not scored as it samples"
+            f"{report.identical_view_drift:.3g} nats (limit {_DRIFT_LIMIT}): one of them lost its weights or its view"
         )
 
 
@@ -183,3 +220,36 @@ def _mean_teacher_entropy(teacher: Any, pairs: Sequence[PromptPair], rollouts: R
 
 def _mean_image_tokens(prompts: Sequence[Prompt]) -> float:
     return sum(sum(prompt.mm_token_type_ids) for prompt in prompts) / len(prompts)
+
+
+def compute_fingerprint(teacher: Any) -> str:
+    """A hash of the teacher's weights: up to 1024 values of every tensor, exact on any device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(teacher.state_dict().items()):
+        values = tensor.detach().flatten()
+        values = values[:: max(1, values.numel() // 1024)][:1024].float().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_teacher_fingerprint(teacher: Any, folder: Path) -> None:
+    """Write `teacher.json`, by which a resumed run knows that it has the same teacher."""
+    text = json.dumps({"fingerprint": compute_fingerprint(teacher)})
+    (folder / TEACHER_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def refuse_other_teacher(teacher: Any, checkpoint: Path) -> None:
+    """Raise `TeacherError` when a checkpoint was made with another teacher: its run would go on towards elsewhere."""
+    path = checkpoint / TEACHER_FILE
+    if not path.is_file():
+        return
+    try:
+        expected = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TeacherError(f"{path}: not readable ({error})") from error
+    if compute_fingerprint(teacher) != expected:
+        raise TeacherError(
+            f"{checkpoint} was trained with another teacher: resume with the model (or teacher=) the run began with, "
+            "not with a checkpoint of it"
+        )

@@ -7,11 +7,9 @@ that depends only on (seed, step, rank): accumulation 1 x 4 equals 4 x 1, and a 
 
 from __future__ import annotations
 
+import copy
 import itertools
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +23,24 @@ from imagine_opd.config import ImagineOPDConfig, save_recipe
 from imagine_opd.errors import ConfigError, RowError
 from imagine_opd.evaluation import decode_completions, evaluate_model
 from imagine_opd.loss import ObjectiveConfig, objective, select_active_tokens
+from imagine_opd.metrics import StepMetrics
 from imagine_opd.models import get_head, load_model, load_processor, read_token_ids
-from imagine_opd.prompts import PromptConfig, build_prompts
-from imagine_opd.rollout import HFEngine, SamplingConfig
-from imagine_opd.rollout.finish import find_truncated
+from imagine_opd.prompts import build_prompts
+from imagine_opd.rollout import HFEngine
+from imagine_opd.rollout.finish import find_truncated, join_rollouts
 from imagine_opd.scoring import score
-from imagine_opd.teacher import TeacherReport, build_teacher, check_teacher
-from imagine_opd.types import PromptPair, Rollouts, Row, ViewConfig, ViewError
-from imagine_opd.views import make_views, view_config_from
+from imagine_opd.settings import make_prompt_config, make_sampling_config, make_view_config
+from imagine_opd.teacher import (
+    TeacherReport,
+    build_teacher,
+    check_teacher,
+    refuse_other_teacher,
+    save_teacher_fingerprint,
+)
+from imagine_opd.types import PromptPair, Rollouts, Row, ViewError
+from imagine_opd.views import make_views
+
+_MOST_EMPTY_STEPS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,8 @@ class ImagineOPDTrainer(Trainer):
         args: an `ImagineOPDConfig`.
         train_dataset, eval_dataset: sequences of `Row` (see `imagine_opd.data.load_rows`).
         processor: the model's processor; `None` takes the one beside the model.
-        teacher: another checkpoint as teacher; `None` copies the model's weights as they are now and freezes them.
+        teacher: another checkpoint or model as teacher, which is frozen; `None` copies the model's weights as they
+            are now and freezes the copy.
     """
 
     args: ImagineOPDConfig
@@ -70,14 +79,14 @@ class ImagineOPDTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         run_description: dict[str, Any] | None = None,
     ) -> None:
-        if args.world_size > 1:
-            raise ConfigError(
-                f"world_size={args.world_size}: this version trains in one process; start without a launcher"
-            )
+        refuse_bad_run(args, train_dataset, eval_dataset)
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split the rows of a micro-batch under our feet
-        self.processor = load_processor(processor, model)
+        self.processor = copy.deepcopy(load_processor(processor, model))
         student = load_model(model, args.model_dtype)
         self.view_config = make_view_config(self.processor, args)
+        # The budget the model is trained with travels in its own processor, for every tool that loads it.
+        budget = {"shortest_edge": self.view_config.min_pixels, "longest_edge": self.view_config.max_pixels}
+        self.processor.image_processor.size = type(self.processor.image_processor.size)(**budget)
         self.prompt_config = make_prompt_config(args)
         self.objective_config = ObjectiveConfig(
             **{name: getattr(args, name) for name in ObjectiveConfig.__dataclass_fields__}
@@ -87,9 +96,9 @@ class ImagineOPDTrainer(Trainer):
         self.teacher = build_teacher(student, self.processor, teacher, args.model_dtype)
         self.teacher_is_copy = teacher is None
         self.teacher_report: TeacherReport | None = None
-        self._sums: dict[str, float] = defaultdict(float)
-        self._counts: dict[str, float] = defaultdict(float)
-        self._steps = 0
+        self.step_metrics = StepMetrics(torch.cuda.synchronize if args.device.type == "cuda" else lambda: None)
+        self._messages: set[str] = set()
+        self._empty_steps = 0
         super().__init__(
             model=student,
             args=args,
@@ -107,6 +116,11 @@ class ImagineOPDTrainer(Trainer):
         # The loss is divided by the step's token count, not by the number of micro-batches.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in student.parameters()):
+            self.say_once(
+                "the trained weights are 16-bit: updates at small learning rates round to nothing; "
+                "load the model in float32 and set bf16=True"
+            )
 
     # rows -> views -> prompts -> rollouts, for one optimizer step
 
@@ -122,43 +136,53 @@ class ImagineOPDTrainer(Trainer):
             rollouts, self.token_ids, self.args.num_loss_tokens_to_skip, self.args.mask_truncated_completions
         )
         self._note_rollouts(rows, pairs, rollouts, active_BT)
-        self._steps += 1
-        micro_batches, start = [], 0
+        micro_batches, start, begin = [], 0, 0
         for batch in batches:
-            kept = [pair for pair in pairs[start : start + len(batch)] for _ in range(self.args.num_generations)]
-            begin = sum(pair is not None for pair in pairs[:start]) * self.args.num_generations
-            prompts = tuple(pair for pair in kept if pair is not None)
+            kept = [pair for pair in pairs[start : start + len(batch)] if pair is not None]
+            prompts = tuple(pair for pair in kept for _ in range(self.args.num_generations))
             part = slice(begin, begin + len(prompts))
             micro_batches.append(MicroBatch(prompts, rollouts.select(part), active_BT[part]))
-            start += len(batch)
+            start, begin = start + len(batch), begin + len(prompts)
         return micro_batches, active_BT.sum().to(device)
 
     def _build_pairs(self, rows: Sequence[Row]) -> list[PromptPair | None]:
-        """Both prompts of each row; `None` where the views failed, counted and said once a row."""
-        with self._stage("views"):
+        """Both prompts of each row; `None` where views or text failed, counted and said once a row."""
+        with self.step_metrics.stage("views"):
             pairs: list[PromptPair | None] = []
             for row, views in zip(rows, make_views(rows, self.view_config), strict=True):
-                if isinstance(views, ViewError):
-                    self._add("rows_dropped/" + views.reason, 1.0)
-                    self.log_once(views.message)
-                    pairs.append(None)
-                else:
+                try:
+                    if isinstance(views, ViewError):
+                        raise RowError(views.message)
                     pairs.append(build_prompts(row, views, self.processor, self.prompt_config))
+                except RowError as error:
+                    reason = views.reason if isinstance(views, ViewError) else "text"
+                    self.step_metrics.add_total(f"rows_dropped/{reason}")
+                    self.say_once(f"{error} (left out)")
+                    pairs.append(None)
         return pairs
 
     def _sample(self, pairs: Sequence[PromptPair | None]) -> Rollouts:
         prompts = [pair.student for pair in pairs if pair is not None for _ in range(self.args.num_generations)]
-        if not prompts:
-            raise RowError(f"none of the {len(pairs)} rows of this step has readable images; see the messages above")
-        with self._stage("rollout"), self.compute_loss_context_manager():
-            return self.engine.generate(
-                self.accelerator.unwrap_model(self.model), prompts, make_sampling_config(self.args), self._step_seed()
-            )
+        self._empty_steps = 0 if prompts else self._empty_steps + 1
+        if self._empty_steps >= _MOST_EMPTY_STEPS:
+            raise RowError(f"no row of the last {_MOST_EMPTY_STEPS} steps could be used; see the messages above")
+        size = self.args.generation_batch_size or max(len(prompts), 1)
+        model = self.accelerator.unwrap_model(self.model)
+        with self.step_metrics.stage("rollout"), self.accelerator.autocast():
+            parts = [
+                self.engine.generate(model, prompts[start : start + size], self._sampling, self._step_seed(start))
+                for start in range(0, len(prompts), size)
+            ]
+        return join_rollouts(parts, self.token_ids.pad)
 
-    def _step_seed(self) -> int:
-        """A seed for this step's rollouts that depends on the run's seed, the step and the rank alone."""
+    @property
+    def _sampling(self) -> Any:
+        return make_sampling_config(self.args)
+
+    def _step_seed(self, start: int) -> int:
+        """A seed that depends on the run's seed, the step, the rank and the first completion's place alone."""
         seed: int = (self.args.seed * 1_000_003 + self.state.global_step) * 1_009 + self.args.process_index
-        return seed % 2**63
+        return (seed * 1_000_033 + start) % 2**63
 
     # scores -> loss, for one micro-batch
 
@@ -171,22 +195,30 @@ class ImagineOPDTrainer(Trainer):
     ) -> Any:
         """Sum of the micro-batch's token losses over the step's token count."""
         if not inputs.prompts:
-            return sum(parameter.sum() for parameter in model.parameters()) * 0.0
-        scores = score(
-            model, self.teacher, inputs.prompts, inputs.rollouts, inputs.active_BT, self.token_ids.pad, self._stage
-        )
-        with self._stage("loss"):
+            return sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad) * 0.0
+        # Autocast here: we call the model's body, which the Trainer's own autocast of `forward` does not reach.
+        with self.accelerator.autocast():
+            scores = score(
+                model,
+                self.teacher,
+                inputs.prompts,
+                inputs.rollouts,
+                inputs.active_BT,
+                self.token_ids.pad,
+                self.step_metrics.stage,
+            )
+        with self.step_metrics.stage("loss"):
             result = objective(scores, get_head(model), get_head(self.teacher), self.objective_config)
         kept = len(scores.token_ids_N)
         total = kept if num_items_in_batch is None else num_items_in_batch
         loss = result.loss_sum / max(int(total), 1)
         for name, values_N in (("reverse_kl", result.stats.reverse_kl_N), ("entropy", result.stats.entropy_N)):
-            self._add(name, float(values_N.detach().sum()), kept)
+            self.step_metrics.add_mean(name, float(values_N.detach().sum()), kept)
         return (loss, result) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: MicroBatch, num_items_in_batch: Any = None) -> torch.Tensor:
         """The Trainer's step, timed."""
-        with self._stage("step"):
+        with self.step_metrics.stage("step"):
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
@@ -201,26 +233,27 @@ class ImagineOPDTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Check the teacher, then train. See `transformers.Trainer.train`."""
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            refuse_other_teacher(self.teacher, Path(resume_from_checkpoint))
         if self.args.teacher_checks:
             self.run_teacher_checks()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def run_teacher_checks(self) -> TeacherReport:
         """The start-up checks of `imagine_opd.teacher` on the first rows; raises `TeacherError`."""
-        rows = [
-            self.train_dataset[index] for index in range(min(self.args.teacher_check_rows, len(self.train_dataset)))
-        ]
-        pairs = [pair for pair in self._build_pairs(rows) if pair is not None]
+        count = min(self.args.teacher_check_rows, len(self.train_dataset))
+        pairs = [pair for pair in self._build_pairs([self.train_dataset[i] for i in range(count)]) if pair is not None]
         if not pairs:
-            raise RowError(f"none of the first {len(rows)} rows has readable images")
-        with self.compute_loss_context_manager():
+            raise RowError(f"none of the first {count} rows can be used; see the messages above")
+        with self.accelerator.autocast():
             self.teacher_report = check_teacher(
-                self.model, self.teacher, pairs, self.engine, self.args.max_completion_length, self.teacher_is_copy
+                self.model, self.teacher, pairs, self.engine, self._sampling, self.args.seed, self.teacher_is_copy
             )
+        self.step_metrics.clear()  # what the probe rows cost is not the first step's
         for name, value in self.teacher_report.as_metrics().items():
-            self._add(name, value)
+            self.step_metrics.add_mean(name, value)
         if self.teacher_report.privilege_gap <= 0:
-            self.log_once(
+            self.say_once(
                 f"the teacher gains nothing from its view (privilege gap {self.teacher_report.privilege_gap:.4f} nats "
                 "per token): check the boxes"
             )
@@ -234,30 +267,34 @@ class ImagineOPDTrainer(Trainer):
         if rows is None:
             raise ConfigError("evaluation was asked for without eval_data")
         model = self.accelerator.unwrap_model(self.model)
-        result = evaluate_model(
-            model, self.processor, rows, self.view_config, self.args, batch_size=self.args.per_device_eval_batch_size
-        )["imagine"]
-        metrics = {
-            f"{metric_key_prefix}_accuracy": result.accuracy,
-            f"{metric_key_prefix}_unparsed": float(result.unparsed),
-            f"{metric_key_prefix}_mean_tokens": result.mean_tokens,
-            f"{metric_key_prefix}_runtime": result.seconds,
+        with self.accelerator.autocast():
+            result = evaluate_model(
+                model, self.processor, rows, self.view_config, self.args, ("imagine",), self.args.eval_batch_size
+            )
+        found = result["imagine"]
+        figures = {
+            "accuracy": found.accuracy,
+            "rows": float(found.rows),
+            "left_out": float(result.left_out),
+            "unparsed": float(found.unparsed),
+            "mean_tokens": found.mean_tokens,
+            "runtime": found.seconds,
         }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's log with the step's own figures added: means since the last log."""
+        """The Trainer's log with the step's own figures since the last one."""
         if "loss" in logs:
-            logs = {**logs, **self._drain_metrics()}
+            logs = {**logs, **self.step_metrics.drain()}
         super().log(logs, start_time)
 
-    def log_once(self, message: str) -> None:
-        """A warning for the user, each text once a run."""
-        seen: set[str] = self.__dict__.setdefault("_messages", set())
-        if message not in seen:
-            seen.add(message)
+    def say_once(self, message: str) -> None:
+        """A line for the user, each text once a run."""
+        if message not in self._messages:
+            self._messages.add(message)
             print(message, flush=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -265,103 +302,43 @@ class ImagineOPDTrainer(Trainer):
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         if self.args.should_save:
             save_recipe(self.args, folder)
+            save_teacher_fingerprint(self.teacher, folder)
             # A pickle of our settings: `run.json` and `imagine_opd.json` say the same and can be read safely.
             (folder / "training_args.bin").unlink(missing_ok=True)
-
-    # figures of the run
 
     def _note_rollouts(
         self, rows: Sequence[Row], pairs: Sequence[PromptPair | None], rollouts: Rollouts, active_BT: torch.Tensor
     ) -> None:
         texts = decode_completions(self.processor, rollouts.completion_ids_BT, rollouts.completion_mask_BT)
-        count = len(texts)
-        lengths_B = rollouts.completion_mask_BT.sum(dim=1)
-        self._add("completions/mean_length", float(lengths_B.sum()), count)
-        self._add("completions/max_length", float(lengths_B.max()))
-        self._add("completions/clipped_ratio", float(find_truncated(rollouts, self.token_ids).sum()), count)
-        self._add("tag_rate", float(sum(has_answer_tag(text) for text in texts)), count)
-        self._add("loss_tokens", float(active_BT.sum()))
+        count, figures = len(texts), self.step_metrics
+        lengths = rollouts.completion_mask_BT.sum(dim=1).tolist()
+        figures.steps += 1
+        figures.add_mean("completions/mean_length", float(sum(lengths)), count)
+        figures.add_max("completions/max_length", float(max(lengths, default=0)))
+        figures.add_mean("completions/clipped_ratio", float(find_truncated(rollouts, self.token_ids).sum()), count)
+        figures.add_mean("tag_rate", float(sum(has_answer_tag(text) for text in texts)), count)
+        figures.add_mean("loss_tokens", float(active_BT.sum()))
         for reason, number in rollouts.dropped.items():
-            self._add("rows_dropped/" + reason, float(number))
+            figures.add_total(f"rows_dropped/{reason}", float(number))
         step = self.state.global_step + 1
-        if (
-            self.args.log_completions
-            and self.args.should_save
-            and step % max(int(self.state.logging_steps or 1), 1) == 0
-        ):
-            kept = [row for row, pair in zip(rows, pairs, strict=True) if pair is not None]
-            for index in range(min(self.args.num_completions_to_log, count)):
-                row = kept[index // self.args.num_generations]
-                line = {"step": step, "id": row.id or row.source, "question": row.question}
-                append_line(
-                    Path(self.args.output_dir, COMPLETIONS_FILE),
-                    {**line, "answer": row.answer, "completion": texts[index]},
-                )
-
-    def _add(self, name: str, value: float, count: float = 1.0) -> None:
-        self._sums[name] += value
-        self._counts[name] += count
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        """Seconds of a stage, summed until the next log and shown per step."""
-        if self.args.device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self.args.device.type == "cuda":
-                torch.cuda.synchronize()
-            self._sums[f"time/{name}_s"] += time.perf_counter() - started
-
-    def _drain_metrics(self) -> dict[str, float]:
-        metrics = {}
-        for name in sorted(self._sums):
-            if name.startswith("rows_dropped/"):
-                metrics[name] = self._sums[name]
-            elif name.startswith("time/"):
-                metrics[name] = self._sums[name] / max(self._steps, 1)
-            else:
-                metrics[name] = self._sums[name] / max(self._counts[name], 1e-9)
-        self._steps = 0
-        self._sums.clear()
-        self._counts.clear()
-        return metrics
+        if not self.args.log_completions or step % max(int(self.state.logging_steps or 1), 1):
+            return
+        kept = [row for row, pair in zip(rows, pairs, strict=True) if pair is not None]
+        for index, text in enumerate(texts[: self.args.num_completions_to_log]):
+            row = kept[index // self.args.num_generations]
+            line = {"step": step, "id": row.id or row.source, "question": row.question, "answer": row.answer}
+            append_line(Path(self.args.output_dir, COMPLETIONS_FILE), {**line, "completion": text})
 
 
-def make_view_config(processor: Any, args: ImagineOPDConfig) -> ViewConfig:
-    """The processor's image settings with the config's own where it has some."""
-    names = ("min_pixels", "max_pixels", "crop_min_pixels", "crop_max_pixels")
-    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return view_config_from(
-        processor.image_processor,
-        **overrides,
-        box_margin=args.box_margin,
-        min_crop_px=args.min_crop_px,
-        max_image_pixels=args.max_image_pixels,
-        num_threads=args.view_threads,
-    )
-
-
-def make_prompt_config(args: ImagineOPDConfig) -> PromptConfig:
-    """The prompt fields of the config."""
-    return PromptConfig(
-        student_template=args.student_prompt_template,
-        teacher_template=args.teacher_prompt_template,
-        answer_hint_template=args.answer_hint_template if args.answer_hint else None,
-        chat_template_kwargs=args.chat_template_kwargs,
-    )
-
-
-def make_sampling_config(args: ImagineOPDConfig) -> SamplingConfig:
-    """The rollout fields of the config."""
-    return SamplingConfig(
-        max_completion_length=args.max_completion_length,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        generation_kwargs=args.generation_kwargs or {},
-    )
+def refuse_bad_run(args: ImagineOPDConfig, train_rows: Sequence[Row], eval_rows: Sequence[Row] | None) -> None:
+    """Raise `ConfigError` or `RowError` for settings that do not go with the rows or the machine."""
+    if args.world_size > 1:
+        raise ConfigError(f"world_size={args.world_size}: this version trains in one process; start without a launcher")
+    if str(args.eval_strategy.value) != "no" and eval_rows is None:
+        raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs eval_data")
+    if eval_rows is not None and not any(row.answer is not None for row in eval_rows):
+        raise RowError(f"none of the {len(eval_rows)} rows of eval_data has an answer to compare with")
+    if args.dataloader_drop_last and len(train_rows) < args.train_batch_size:
+        raise ConfigError(
+            f"dataloader_drop_last=True with {len(train_rows)} rows and a batch of {args.train_batch_size} leaves none"
+        )

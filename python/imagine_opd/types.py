@@ -87,6 +87,7 @@ class View:
 class RowViews:
     """What the student sees (the global images) and what the teacher sees (the same, then the evidence crops).
 
+    The student's pixels are the leading rows of the teacher's memory: a change to one is a change to the other.
     `crop_boxes` are the integer regions that were really cut, one per crop, in the teacher's order;
     `image_sizes` are (width, height) of the originals after EXIF.
     """
@@ -109,12 +110,16 @@ class ViewError:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One side's prompt, image placeholders expanded: token ids, their modality (1 at image tokens), pixels."""
+    """One side's prompt, image placeholders expanded: token ids, their modality (1 at image tokens), pixels.
+
+    An image of `p` patches stands for `p / merge_size²` tokens.
+    """
 
     text: str
     input_ids: tuple[int, ...]
     mm_token_type_ids: tuple[int, ...]
     view: View
+    merge_size: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def run_demo(output: str, mode: str, views: Literal["right", "wrong"], seed: int
     from imagine_opd.demo import base_model_path, make_scenes, scenes_to_rows
     from imagine_opd.demo.recipe import TINY_RECIPE
     from imagine_opd.models import load_model, load_processor
-    from imagine_opd.trainer import make_view_config
+    from imagine_opd.settings import make_view_config
     from imagine_opd.types import RowViews
     from imagine_opd.views import make_views
 

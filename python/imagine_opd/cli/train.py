@@ -14,11 +14,11 @@ from imagine_opd.errors import ConfigError
 _CALL_FIELDS = ("model", "data", "output_dir", "processor", "eval_data", "teacher", "resume_from_checkpoint")
 
 
-def run_train(config: str, overrides: dict[str, Any]) -> None:
+def run_train(config: str, overrides: dict[str, str]) -> None:
     """Train as the file and the options say; print where the model lies. Raises `ConfigError` and what `train` does."""
     from imagine_opd.api import train
 
-    fields = {**read_config(config), **overrides}
+    fields = {**read_config(config), **read_overrides(overrides)}
     for name in ("model", "data"):
         if fields.get(name) is None:
             raise ConfigError(f"{config}: has no {name!r}; set it there or with --{name}")
@@ -41,9 +41,9 @@ def read_config(config: str | Path) -> dict[str, Any]:
     return {str(name): value for name, value in fields.items()}
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--field value` and `--field=value` pairs; values read as YAML. Raises `ValueError` for anything else."""
-    overrides: dict[str, Any] = {}
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """`--field value` and `--field=value` pairs as text. Raises `ValueError` for anything else."""
+    overrides: dict[str, str] = {}
     waiting = list(arguments)
     while waiting:
         word = waiting.pop(0)
@@ -54,18 +54,34 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not waiting:
                 raise ValueError(f"--{name} has no value")
             value = waiting.pop(0)
-        try:
-            overrides[name.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            overrides[name.replace("-", "_")] = value
+        overrides[name.replace("-", "_")] = value
     return overrides
+
+
+def read_overrides(overrides: dict[str, str]) -> dict[str, Any]:
+    """Option texts as values: a text field takes the words as they stand, any other is read as YAML."""
+    kinds = read_kinds()
+    read: dict[str, Any] = {}
+    for name, value in overrides.items():
+        is_text = kinds.get(name, "").startswith("str") or name in _CALL_FIELDS
+        is_text = is_text and name != "resume_from_checkpoint"  # a folder, or true
+        try:
+            read[name] = value if is_text else yaml.safe_load(value)
+        except yaml.YAMLError:
+            read[name] = value
+    return read
+
+
+def read_kinds() -> dict[str, str]:
+    """The annotation of every config field."""
+    from imagine_opd.config import ImagineOPDConfig
+
+    return {item.name: str(item.type) for item in dataclasses.fields(ImagineOPDConfig)}
 
 
 def read_numbers(fields: dict[str, Any]) -> dict[str, Any]:
     """Text such as `1e-6`, which YAML does not take for a number, as a float where the field is one."""
-    from imagine_opd.config import ImagineOPDConfig
-
-    kinds = {item.name: str(item.type) for item in dataclasses.fields(ImagineOPDConfig)}
+    kinds = read_kinds()
     read = {}
     for name, value in fields.items():
         if isinstance(value, str) and "float" in kinds.get(name, "") and "str" not in kinds.get(name, ""):

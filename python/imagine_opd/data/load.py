@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def load_rows(
     bad: list[BadRow] = []
     for item, context in _iterate_items(source, image_root, box_format):
         if isinstance(item, Row):
-            rows.append(item)
+            rows.append(item if item.source else dataclasses.replace(item, source=context.source))
             continue
         if isinstance(item, RowError):
             bad.append(BadRow(context.source, "malformed", str(item)))
@@ -56,7 +57,9 @@ def load_rows(
     if bad and bad_rows == "raise":
         raise_bad_rows(bad, len(rows) + len(bad))
     if not rows:
-        raise RowError(f"{describe_source(source)}: no usable row" + (f" of {len(bad)}" if bad else ""))
+        if bad:
+            raise_bad_rows(bad, len(bad))
+        raise RowError(f"{source if isinstance(source, (str, Path)) else type(source).__name__}: holds no row")
     return LoadedRows(tuple(rows), tuple(bad))
 
 
@@ -77,11 +80,6 @@ def describe_bad_rows(bad: Sequence[BadRow], total: int) -> str:
     for item in bad:
         counts[item.reason] = counts.get(item.reason, 0) + 1
     return f"{len(bad)} of {total} rows left out: " + ", ".join(f"{count} {why}" for why, count in counts.items())
-
-
-def describe_source(source: Any) -> str:
-    """A short name of a data source for messages and the run folder."""
-    return str(source) if isinstance(source, (str, Path)) else type(source).__name__
 
 
 def _iterate_items(source: Any, image_root: str | Path | None, box_format: str) -> Iterator[tuple[Any, RowContext]]:

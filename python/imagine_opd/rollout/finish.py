@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch.nn.functional import pad
 
 from imagine_opd.models import TokenIds
 from imagine_opd.types import Rollouts
@@ -36,3 +39,20 @@ def find_truncated(rollouts: Rollouts, token_ids: TokenIds) -> torch.Tensor:
     ends = torch.tensor(token_ids.eos, device=rollouts.completion_ids_BT.device)
     ended_B = (torch.isin(rollouts.completion_ids_BT, ends) & rollouts.completion_mask_BT).any(dim=1)
     return ~ended_B & rollouts.completion_mask_BT.any(dim=1)
+
+
+def join_rollouts(parts: Sequence[Rollouts], pad_id: int) -> Rollouts:
+    """Several batches of rollouts as one, padded to the longest; of none, one without rows."""
+    if not parts:
+        ids_BT = torch.zeros(0, 1, dtype=torch.long)
+        return Rollouts(ids_BT, ids_BT.bool(), ids_BT.float())
+    longest = max(part.completion_ids_BT.shape[1] for part in parts)
+    columns: list[torch.Tensor] = []
+    for name, value in (("completion_ids_BT", pad_id), ("completion_mask_BT", False), ("sampling_logprobs_BT", 0.0)):
+        tensors = [getattr(part, name) for part in parts]
+        columns.append(torch.cat([pad(tensor, (0, longest - tensor.shape[1]), value=value) for tensor in tensors]))
+    dropped: dict[str, int] = {}
+    for part in parts:
+        for reason, number in part.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + number
+    return Rollouts(columns[0], columns[1], columns[2], dropped)

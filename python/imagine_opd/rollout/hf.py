@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,17 +44,20 @@ class HFEngine:
         device = get_device(model)
         inputs = pad_prompts(prompts, self.token_ids.pad, device)
         recorder = _BanAndRecord(self.token_ids.vision, sampling.temperature)
+        config = self._generation_config(sampling)
         was_training = model.training
         model.eval()
         devices = [device] if device.type == "cuda" else []
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=devices, enabled=seed is not None):
+            with (
+                _blank_generation_config(model),
+                torch.no_grad(),
+                torch.random.fork_rng(devices=devices, enabled=seed is not None),
+            ):
                 if seed is not None:
                     torch.manual_seed(seed)
                 output = model.generate(
-                    **inputs,
-                    generation_config=self._generation_config(sampling),
-                    logits_processor=LogitsProcessorList([recorder]),
+                    **inputs, generation_config=config, logits_processor=LogitsProcessorList([recorder])
                 )
         finally:
             model.train(was_training)
@@ -62,8 +66,6 @@ class HFEngine:
         return finish_completions(completion_ids_BT, logprobs_BT, self.token_ids)
 
     def _generation_config(self, sampling: SamplingConfig) -> GenerationConfig:
-        # Every sampling field is set: an unset one would be taken from the checkpoint's own generation config
-        # (Qwen's carries top_k=20, top_p=0.8), and the student would be trained off its own distribution.
         greedy = sampling.temperature == 0.0
         return GenerationConfig(
             max_new_tokens=sampling.max_completion_length,
@@ -78,6 +80,19 @@ class HFEngine:
             use_cache=True,
             **sampling.generation_kwargs,
         )
+
+
+@contextmanager
+def _blank_generation_config(model: Any) -> Iterator[None]:
+    """Hides the checkpoint's own generation config: `generate` fills every unset field from it (Qwen's carries
+    top_k=20, top_p=0.8), and the student would be trained off its own distribution."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    saved = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = saved
 
 
 def pad_prompts(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -108,6 +123,7 @@ class _BanAndRecord(LogitsProcessor):
 
     Peak memory is [B, V] instead of the [T, B, V] of `output_logits=True`. The log-prob is of the distribution at
     `temperature` before bans, top-k and top-p: the one the loss sees, so that the ratio of a fresh sample is 1.
+    (A repetition penalty comes before this; the config refuses it in `full` mode.)
     """
 
     def __init__(self, banned: Sequence[int], temperature: float) -> None:
