@@ -36,14 +36,18 @@ def has_answer_tag(text: str) -> bool:
     return extract_answer(text, letters=None) is not None
 
 
-def is_correct(text: str, gold: str, letters: str | None = None, kind: str = "text") -> bool | None:
+def is_correct(text: str, gold: str, letters: str | None = None, kind: str | None = None) -> bool | None:
     """Whether the completion's answer is `gold`; `None` when no answer can be read from it.
 
-    `kind`: `choice` (a letter of `letters`, default ABCD), `yesno`, `number` (equal to 1e-6), `text` (equal after
+    `kind=None`: `choice` where `letters` are given or the gold is one letter, else `text`.
+    `kind`: `choice` (a letter of `letters`, default ABCD, or A to Z for a gold beyond), `yesno`, `number` (equal to 1e-6), `text` (equal after
     folding case, space and a final full stop). Raises `AnswerError` for another kind or a gold that does not parse.
     """
+    if kind is None:
+        kind = "choice" if letters or re.fullmatch(r"\s*[A-Za-z]\s*", gold) else "text"
     if kind == "choice":
-        return _compare(extract_answer(text, letters or "ABCD"), gold.strip().upper())
+        letters = letters or ("ABCD" if gold.strip().upper() in "ABCD" else "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+        return _compare(extract_answer(text, letters), gold.strip().upper())
     answer = extract_answer(text, letters=None)
     if kind == "text":
         return _compare(None if answer is None else _fold(answer), _fold(gold))

@@ -370,6 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         align_steps=options.align_steps,
         question_steps=options.question_steps,
     )
+    torch.set_num_threads(1)  # more do not pay at this size, and sums in another order give other weights
     model, processor, losses = train_base(recipe, options.seed)
     save_base(model, processor, options.output)
     print(f"saved in {options.output}; last loss {losses[-1]:.3f}")
