@@ -9,7 +9,7 @@ use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use crate::decode::{Rgb, decode};
-use crate::errors::{BoxFault, ImageFault, ViewError, allocate, catch_panic};
+use crate::errors::{BoxFault, ImageFault, MAX_BOXES, MAX_ROW_BYTES, ViewError, allocate, catch_panic};
 use crate::geometry::{CropRule, PixelBox, Region, place_crop};
 use crate::header::{Header, Limits, name_io_fault, read_header};
 use crate::patchify::{Budget, Layout};
@@ -20,6 +20,17 @@ use crate::resize::resize_region;
 pub enum Source<'a> {
     Bytes(&'a [u8]),
     Path(PathBuf),
+}
+
+impl Source<'_> {
+    /// The path, or for bytes the image's place in its row.
+    #[must_use]
+    pub fn name(&self, index: usize) -> String {
+        match self {
+            Self::Path(path) => path.display().to_string(),
+            Self::Bytes(bytes) => format!("{index} ({} bytes)", bytes.len()),
+        }
+    }
 }
 
 /// One row: its global images and the evidence boxes on them.
@@ -174,6 +185,9 @@ fn plan_row(
     if images.is_empty() {
         return Err(ViewError::NoImage);
     }
+    if row.boxes.len() > MAX_BOXES {
+        return Err(ViewError::TooManyBoxes { found: row.boxes.len() });
+    }
     let mut views = Vec::with_capacity(images.len() + row.boxes.len());
     let mut sizes = Vec::with_capacity(images.len());
     for (index, &image) in images.iter().enumerate() {
@@ -202,6 +216,11 @@ fn plan_row(
             .ok_or_else(|| name_fault(BoxFault::Aspect { width: region.width, height: region.height }))?;
         views.push(ViewPlan { image: images[index], region, width, height });
         crops.push((region, index));
+    }
+    let pixels: u64 = views.iter().map(|view| u64::from(view.width) * u64::from(view.height)).sum();
+    let bytes = (pixels as usize).saturating_mul(3 * config.layout.temporal * size_of::<f32>());
+    if bytes > MAX_ROW_BYTES {
+        return Err(ViewError::TooManyViews { images: images.len(), boxes: row.boxes.len(), pixels, bytes });
     }
     Ok(RowPlan { views, crops, sizes })
 }
@@ -239,14 +258,19 @@ fn fill_view(image: &Rgb, view: &ViewPlan, out: &mut [f32], layout: &Layout) -> 
     Ok(())
 }
 
+/// (width, height) of one image after EXIF, whatever its size: what a view may cost is the config's business.
+pub fn read_size(source: &Source<'_>) -> Result<(u32, u32), ImageFault> {
+    probe(source, Limits { max_pixels: u64::MAX, max_bytes: u64::MAX }).map(|header| header.size())
+}
+
 fn probe(source: &Source<'_>, limits: Limits) -> Result<Header, ImageFault> {
-    match source {
+    catch_panic(|| match source {
         Source::Bytes(bytes) => {
             check_bytes(bytes.len() as u64, limits)?;
             read_header(Cursor::new(*bytes), limits)
         }
         Source::Path(path) => read_header(BufReader::new(open_file(path, limits)?), limits),
-    }
+    })
 }
 
 fn open_file(path: &Path, limits: Limits) -> Result<File, ImageFault> {
@@ -278,8 +302,5 @@ fn check_bytes(found: u64, limits: Limits) -> Result<(), ImageFault> {
 }
 
 fn name_image(row: &Row<'_>, index: usize) -> String {
-    match &row.images[index] {
-        Source::Path(path) => path.display().to_string(),
-        Source::Bytes(bytes) => format!("{index} ({} bytes)", bytes.len()),
-    }
+    row.images[index].name(index)
 }

@@ -72,11 +72,22 @@ impl BoxFault {
     }
 }
 
+/// Most boxes of one row.
+pub const MAX_BOXES: usize = 256;
+/// Most bytes that the patches of one row's views may take, student's and teacher's together.
+pub const MAX_ROW_BYTES: usize = 2 << 30;
+
 /// Why one row has no views.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum ViewError {
     #[error("the row has no image; give it `image` or `images`")]
     NoImage,
+    #[error("the row has {found} boxes, over the {MAX_BOXES} of one row; give fewer boxes")]
+    TooManyBoxes { found: usize },
+    #[error(
+        "the views of {images} images and {boxes} boxes have {pixels} pixels, {bytes} bytes of patches, over the {MAX_ROW_BYTES} of one row; give fewer boxes or lower max_pixels and crop_min_pixels"
+    )]
+    TooManyViews { images: usize, boxes: usize, pixels: u64, bytes: usize },
     #[error("image {name} {fault}")]
     Image { name: String, fault: ImageFault },
     #[error("box {name} {fault}")]
@@ -88,6 +99,7 @@ impl ViewError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::NoImage => "no_image",
+            Self::TooManyBoxes { .. } | Self::TooManyViews { .. } => "too_large",
             Self::Image { fault, .. } => fault.code(),
             Self::Box { fault, .. } => fault.code(),
         }
@@ -102,13 +114,10 @@ pub fn catch_panic<T>(work: impl FnOnce() -> Result<T, ImageFault>) -> Result<T,
 }
 
 /// A zeroed buffer, or a fault where the plain `vec!` would end the process.
-pub fn allocate<T: Clone + Default>(len: usize) -> Result<Vec<T>, ImageFault> {
-    // Asked and given back first: `vec![0; len]` then gets untouched zero pages, which `resize` would write.
-    let mut probe = Vec::<T>::new();
-    probe.try_reserve_exact(len).map_err(|_| ImageFault::OutOfMemory(len.saturating_mul(size_of::<T>())))?;
-    // Unseen, the compiler may leave out an allocation that nothing uses, and the question with it.
-    drop(std::hint::black_box(probe));
-    Ok(vec![T::default(); len])
+pub fn allocate<T: bytemuck::Zeroable>(len: usize) -> Result<Vec<T>, ImageFault> {
+    // Untouched zero pages from the system, which `try_reserve` and `resize` would write once for nothing.
+    bytemuck::allocation::try_zeroed_vec(len)
+        .map_err(|()| ImageFault::OutOfMemory(len.saturating_mul(size_of::<T>())))
 }
 
 #[cfg(test)]

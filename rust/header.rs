@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead, ErrorKind, Read, Seek, SeekFrom};
 
-use crate::errors::{ImageFault, catch_panic};
+use crate::errors::ImageFault;
 use crate::orient::Orientation;
 
 /// Largest EXIF block worth reading; a JPEG's cannot exceed 64 KiB.
@@ -105,8 +105,8 @@ fn walk_jpeg<R: BufRead + Seek>(mut reader: R, limits: Limits) -> Result<Header,
         } else if marker == 0xe1 && orientation == Orientation::default() {
             let mut data = vec![0; body];
             reader.read_exact(&mut data)?;
-            if let Some(tiff) = data.strip_prefix(b"Exif\0\0") {
-                orientation = Orientation::from_exif(tiff);
+            if data.starts_with(b"Exif\0\0") {
+                orientation = Orientation::from_exif(&data);
             }
         } else {
             reader.seek_relative(body as i64)?;
@@ -167,16 +167,89 @@ fn read_webp<R: BufRead + Seek>(mut reader: R, limits: Limits) -> Result<Header,
         return Err(ImageFault::Truncated(format!("{len} of {promised} bytes")));
     }
     reader.rewind().map_err(eof)?;
-    catch_panic(|| {
-        let mut webp = image_webp::WebPDecoder::new(reader).map_err(|error| name_webp_fault(&error))?;
-        let (width, height) = webp.dimensions();
-        let mut header = check_size(Format::Webp, width, height, limits)?;
-        webp.set_memory_limit(MAX_EXIF_BYTES);
-        if let Ok(Some(data)) = webp.exif_metadata() {
-            header.orientation = Orientation::from_exif(data.strip_prefix(b"Exif\0\0").unwrap_or(&data));
+    let mut webp = image_webp::WebPDecoder::new(&mut reader).map_err(|error| name_webp_fault(&error))?;
+    let (width, height) = webp.dimensions();
+    let mut header = check_size(Format::Webp, width, height, limits)?;
+    webp.set_memory_limit(MAX_EXIF_BYTES);
+    if let Ok(Some(data)) = webp.exif_metadata() {
+        header.orientation = Orientation::from_exif(&data);
+    }
+    check_webp_frames(&mut reader, (width, height))?;
+    Ok(header)
+}
+
+/// Refuses an extended file whose frame has another size than promised: the decoder asks for the memory of a lossy
+/// frame before it compares.
+fn check_webp_frames<R: BufRead + Seek>(reader: &mut R, canvas: (u32, u32)) -> Result<(), ImageFault> {
+    let eof = |error: io::Error| name_io_fault(&error);
+    let end = reader.seek(SeekFrom::End(0)).map_err(eof)?;
+    let mut at = 12;
+    let mut animated = false;
+    // Every still frame, and the first one of an animation: the ones that the decoder may take.
+    reader.seek(SeekFrom::Start(at)).map_err(eof)?;
+    while at + 8 <= end {
+        skip_to(reader, at).map_err(eof)?;
+        let (kind, next) = take_chunk(reader, at).map_err(eof)?;
+        match &kind {
+            b"VP8X" if at == 12 => {}
+            _ if at == 12 => return Ok(()), // a plain file: its one frame says the size
+            b"ANMF" if !animated => {
+                animated = true;
+                let [.., w0, w1, w2, h0, h1, h2, _, _, _, _] = take::<16>(reader).map_err(eof)?;
+                let side = |low, middle, high| u32::from_le_bytes([low, middle, high, 0]) + 1;
+                let promised = (side(w0, w1, w2), side(h0, h1, h2));
+                let (mut kind, next) = take_chunk(reader, at + 24).map_err(eof)?;
+                if &kind == b"ALPH" {
+                    skip_to(reader, next).map_err(eof)?;
+                    (kind, _) = take_chunk(reader, next).map_err(eof)?;
+                }
+                check_webp_frame(reader, kind, promised).map_err(eof)??;
+            }
+            _ => check_webp_frame(reader, kind, canvas).map_err(eof)??,
         }
-        Ok(header)
-    })
+        at = next;
+    }
+    Ok(())
+}
+
+/// Goes on to a place; within what the reader holds already when it is near.
+fn skip_to(reader: &mut impl Seek, at: u64) -> io::Result<()> {
+    let here = reader.stream_position()?;
+    reader.seek_relative(at as i64 - here as i64)
+}
+
+/// The kind of the chunk that begins at `at`, where the reader stands, and where the next one begins.
+fn take_chunk(reader: &mut impl Read, at: u64) -> io::Result<([u8; 4], u64)> {
+    let [k0, k1, k2, k3, l0, l1, l2, l3] = take(reader)?;
+    let len = u64::from(u32::from_le_bytes([l0, l1, l2, l3]));
+    Ok(([k0, k1, k2, k3], at + 8 + len + len % 2))
+}
+
+fn check_webp_frame(
+    reader: &mut impl Read,
+    kind: [u8; 4],
+    promised: (u32, u32),
+) -> io::Result<Result<(), ImageFault>> {
+    let found = match &kind {
+        b"VP8 " => {
+            let [.., w0, w1, h0, h1] = take::<10>(reader)?;
+            let side = |low, high| u32::from(u16::from_le_bytes([low, high]) & 0x3fff);
+            (side(w0, w1), side(h0, h1))
+        }
+        b"VP8L" => {
+            let [_, bits @ ..] = take::<5>(reader)?;
+            let bits = u32::from_le_bytes(bits);
+            ((bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1)
+        }
+        _ => return Ok(Ok(())),
+    };
+    if found == promised {
+        return Ok(Ok(()));
+    }
+    let ((width, height), (old_width, old_height)) = (found, promised);
+    Ok(Err(ImageFault::Undecodable(format!(
+        "it holds a frame of {width}x{height} pixels where its header says {old_width}x{old_height}"
+    ))))
 }
 
 /// The fault behind an error of the WebP decoder.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use numpy::ndarray::Array2;
 use numpy::{IntoPyArray, PyArray2};
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -24,6 +24,15 @@ use crate::patchify::{Budget, Layout};
 enum ImageRef {
     Bytes(PyBackedBytes),
     Path(PathBuf),
+}
+
+impl ImageRef {
+    fn borrow(&self) -> Source<'_> {
+        match self {
+            Self::Bytes(bytes) => Source::Bytes(bytes),
+            Self::Path(path) => Source::Path(path.clone()),
+        }
+    }
 }
 
 /// `types.Box`, by its attributes.
@@ -85,10 +94,7 @@ impl ConfigFields {
 
 impl RowFields {
     fn borrow(&self) -> Row<'_> {
-        let images = self.images.iter().map(|image| match image {
-            ImageRef::Bytes(bytes) => Source::Bytes(bytes),
-            ImageRef::Path(path) => Source::Path(path.clone()),
-        });
+        let images = self.images.iter().map(ImageRef::borrow);
         let boxes =
             self.boxes.iter().map(|&BoxFields { x0, y0, x1, y1, image }| PixelBox { x0, y0, x1, y1, image });
         Row { images: images.collect(), boxes: boxes.collect() }
@@ -169,8 +175,13 @@ fn check_rows(
     Ok(found.into_iter().map(|error| error.map(|error| (error.code(), error.to_string()))).collect())
 }
 
+#[pyfunction]
+fn read_size(py: Python<'_>, image: ImageRef) -> PyResult<(u32, u32)> {
+    py.detach(|| batch::read_size(&image.borrow())).map_err(|fault| PyValueError::new_err(fault.to_string()))
+}
+
 #[pymodule]
 mod _rust {
     #[pymodule_export]
-    use super::{check_rows, make_views};
+    use super::{check_rows, make_views, read_size};
 }

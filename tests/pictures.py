@@ -70,5 +70,66 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
 
 
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_adam7(pixels):
+    """An interlaced RGB8 PNG of `pixels` `[height, width, 3]`; Pillow writes none."""
+    height, width, _ = pixels.shape
+    lines = b""
+    for x, y, step_x, step_y in ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+                                 (0, 1, 1, 2)):  # fmt: skip
+        part = pixels[y::step_y, x::step_x]
+        lines += b"".join(b"\0" + line.tobytes() for line in part if line.size)
+    return _png(width, height, 8, 1, lines)
+
+
+def png_rgb16(samples):
+    """A PNG of 16-bit RGB `samples` `[height, width, 3]`."""
+    height, width, _ = samples.shape
+    return _png(width, height, 16, 0, b"".join(b"\0" + line.astype(">u2").tobytes() for line in samples))
+
+
+def _png(width, height, depth, interlace, lines):
+    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, interlace))
+    return b"\x89PNG\r\n\x1a\n" + head + png_chunk(b"IDAT", zlib.compress(lines)) + png_chunk(b"IEND", b"")
+
+
+def riff(*chunks):
+    """A WebP container of (kind, body) chunks."""
+    body = b"WEBP" + b"".join(
+        kind + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2) for kind, data in chunks
+    )
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def jpeg_of_scans(side, scans):
+    """A grey progressive JPEG whose `scans` scans all obey the standard, one bit of one coefficient each."""
+    blocks = (side // 8) ** 2
+
+    def segment(marker, body):
+        return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+    def pack(bits):
+        bits += "1" * (-len(bits) % 8)
+        return int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+
+    # One symbol a table, so its code is "0": DC category 0; AC a run of 2**14 and more ended blocks.
+    lengths = bytes([1] + [0] * 15)
+    data = b"\xff\xd8" + segment(0xDB, b"\0" + b"\1" * 64)
+    data += segment(0xC2, struct.pack(">BHHBBBB", 8, side, side, 1, 1, 0x11, 0))
+    data += segment(0xC4, b"\x00" + lengths + b"\x00" + b"\x10" + lengths + b"\xe0")
+    data += segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + pack("0" * blocks)
+    assert blocks >= 1 << 14
+    runs = [32_767] * (blocks // 32_767) + [blocks % 32_767]
+    assert runs[-1] >= 1 << 14
+    ends = pack("".join("0" + f"{run - (1 << 14):014b}" for run in runs))
+    steps = [(k, high, high - 1) for k in range(1, 64) for high in range(8, 0, -1)]
+    for k, high, low in steps[: scans - 1]:
+        data += segment(0xDA, bytes([1, 1, 0, k, k, (0 if high == 8 else high) << 4 | low])) + ends
+    return data + b"\xff\xd9"
+
+
 GOOD = encode(draw_image(200, 100))
 JPEG = encode(draw_image(200, 100), "JPEG")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -95,6 +97,74 @@ def test_box_formats(folder, box_format, box, expected):
     assert row.boxes == (expected,)
 
 
+@pytest.mark.parametrize("xyxy_1000", [False, True])
+def test_boxes_lie_on_the_images_that_box_images_names(folder, xyxy_1000):
+    (folder / "b.jpg").write_bytes(encode_picture(200, 100))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "turned.jpg").write_bytes(encode_picture(200, 100, exif=exif))
+    row = {"images": ["a.jpg", "b.jpg", "turned.jpg"], "question": "?", "boxes": [[0, 0, 20, 40]] * 3}
+    row |= {"box_images": [2, 0, 1]}
+    if xyxy_1000:
+        row |= {"boxes": [[0, 0, 500, 250]] * 3, "box_format": "xyxy_1000"}
+        expected = (Box(0, 0, 50, 50, image=2), Box(0, 0, 32, 12, image=0), Box(0, 0, 100, 25, image=1))
+    else:
+        expected = tuple(Box(0, 0, 20, 40, image=image) for image in (2, 0, 1))
+    assert load_rows(write_jsonl(folder, row)).rows[0].boxes == expected
+
+
+def test_size_is_read_once_per_image(folder, monkeypatch):
+    from imagine_opd.data import rows
+
+    seen = []
+    monkeypatch.setattr(rows, "read_size", lambda image: seen.append(image) or (64, 48))
+    item = {**GOOD, "boxes": [[0, 0, 500, 500]] * 9, "box_format": "xyxy_1000"}
+    assert len(load_rows(write_jsonl(folder, item)).rows[0].boxes) == 9
+    assert seen == [folder / "a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "expected"),
+    [
+        ("B", ["red", "green"], "B"),
+        ("b", ["red", "green"], "B"),
+        (" (b) ", ["red", "green"], "B"),
+        ("B.", ["red", "green"], "B"),
+        ("b)", ["red", "green"], "B"),
+        ("green", ["red", "green"], "B"),
+        (7, [3, 7], "B"),
+        ("A", ["A", "B"], "A"),
+        ("(A)", ["B", "A"], "A"),
+        ("Z", [str(index) for index in range(26)], "Z"),
+        (None, ["red", "green"], None),
+        ("(b)", [], "(b)"),
+    ],
+)
+def test_answer_of_options_becomes_its_letter(folder, answer, options, expected):
+    item = {**GOOD, "options": options, "answer": answer}
+    assert load_rows(write_jsonl(folder, item)).rows[0].answer == expected
+
+
+@pytest.mark.parametrize("name", ["~nouser/x.jpg", "~"])
+def test_tilde_in_a_data_file_is_a_plain_name(folder, name):
+    assert load_rows(write_jsonl(folder, {**GOOD, "image": name})).rows[0].images == (folder / name,)
+
+
+def test_tilde_of_a_list_is_expanded_where_it_can_be():
+    item = {"image": "~nouser/x.jpg", "question": "?"}
+    assert load_rows([item]).rows[0].images == (Path("~nouser/x.jpg"),)
+    assert load_rows([{**item, "image": "~/x.jpg"}]).rows[0].images == (Path("~/x.jpg").expanduser(),)
+
+
+def test_unforeseen_fault_of_a_row_names_its_place():
+    class Odd(dict):
+        def get(self, name, default=None):
+            raise LookupError("odd")
+
+    with pytest.raises(RowError, match=r"row 0: cannot be read as a row \(LookupError: odd\)"):
+        load_rows([Odd()])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -117,9 +187,40 @@ def test_box_formats(folder, box_format, box, expected):
         ({"box_format": "cxcywh"}, "box_format 'cxcywh'"),
         ({"options": "A or B"}, "options is str; expected a list"),
         ({"answer": ["x"]}, "answer is list; expected text"),
+        ({"boxes": [[10, 4, 10**400, 20]]}, "expected 4 numbers that a float holds"),
+        ({"image": {"bytes": "abc"}}, "rows.jsonl:2: image bytes are str; expected encoded bytes"),
+        ({"image": {"bytes": 10**12}}, "rows.jsonl:2: image bytes are int; expected encoded bytes"),
+        ({"image": {"bytes": [1, 2]}}, "rows.jsonl:2: image bytes are list; expected encoded bytes"),
+        ({"image": "\ud800.png"}, "rows.jsonl:2: image path '\\ud800.png' is not a path"),
+        ({"image": "loop.png"}, "rows.jsonl:2: image 'loop.png'"),
+        ({"question": None, "messages": 5}, "rows.jsonl:2: messages is int; expected a list"),
+        ({"question": None, "messages": [{"role": "user", "content": 7}]}, "content is int; expected text or a list"),
+        (
+            {"question": None, "messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            "rows.jsonl:2: a text part of messages is NoneType; expected text",
+        ),
+        ({"question": "what\ud800?"}, "rows.jsonl:2: question holds '\\ud800', half a character"),
+        ({"answer": "\ud800"}, "rows.jsonl:2: answer holds '\\ud800', half a character"),
+        ({"options": ["red", "\ud800"]}, "rows.jsonl:2: options holds '\\ud800', half a character"),
+        ({"options": ["red", None]}, "rows.jsonl:2: option B is NoneType; expected text"),
+        ({"options": [str(i) for i in range(27)]}, "rows.jsonl:2: 27 options; expected at most 26"),
+        ({"options": ["red", "blue"]}, "rows.jsonl:2: answer 'green' is none of the 2 options; expected A to B or"),
+        ({"options": ["red", "blue"], "answer": "C"}, "answer 'C' is none of the 2 options"),
+        ({"options": ["B", "A"], "answer": "A"}, "answer 'A' may mean option A or option B; write '(A)'"),
+        ({"options": ["green", "green"]}, "answer 'green' may mean option A or option B"),
+        ({"image": None, "images": ["a.jpg", "a.jpg"]}, "2 images and no box_images; expected the index"),
+        ({"box_images": [1]}, "box_images [1]; expected whole numbers from 0 to 0"),
+        ({"box_images": [True]}, "box_images [True]; expected whole numbers"),
+        ({"box_images": [0, 0]}, "1 boxes, but box_images has 2"),
+        ({"box_images": 0}, "box_images is int; expected a list"),
+        ({"image": "pipe.png", "box_format": "xyxy_1000"}, "pipe.png cannot be read (it is not a regular file)"),
+        ({"image": "bad.png", "box_format": "xyxy_1000"}, "bad.png is truncated"),
     ],
 )
 def test_malformed_row_is_named_with_place_value_and_fix(folder, change, message):
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    os.mkfifo(folder / "pipe.png")  # must not wait for a writer
     path = write_jsonl(folder, GOOD, {**GOOD, **change})
     with pytest.raises(RowError) as caught:
         load_rows(path)

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from pictures import (
     JPEG,
     draw_image,
     encode,
+    jpeg_of_scans,
     png_header,
+    riff,
 )
 from PIL import Image
 
@@ -29,6 +32,12 @@ ERRORS = [
     ({"image": 7}, "unreadable", "image 0 is a int; expected bytes, a path or a PIL image"),
     ({"image": png_header(100_000, 100_000)}, "too_large", "100000x100000 pixels, over max_image_pixels=178956970"),
     ({"image": GOOD + bytes(1 << 20)}, "too_large", "over max_image_bytes=1048576"),
+    ({"image": Image.new("1", (20_000, 9_000))}, "too_large", "image 0 is 20000x9000 pixels, over max_image_pixels="),
+    ({"image": "\ud800.png"}, "unreadable", "image 0 is the path '\\ud800.png', which no file can have"),
+    ({"image": GOOD, "boxes": [(1, 1, 9, 9)] * 257}, "too_large", "the row has 257 boxes, over the 256 of one row"),
+    ({"images": [GOOD, GOOD], "boxes": [(1, 1, 9, 9)]}, "box_image", "2 images and no box_images; expected the index"),
+    ({"image": GOOD, "boxes": [(1, 1, 9, 9)], "box_images": [0, 0]}, "box_image", "1 boxes, but box_images has 2"),
+    ({"image": GOOD, "boxes": [(1, 1, 9, 9)], "box_images": ["0"]}, "box_image", "box_images ['0']; expected whole"),
     ({"image": encode(draw_image(1005, 5))}, "aspect", "is 1005x5 pixels, sides more than 200 to 1"),
     ({"image": GOOD, "boxes": [(0, 0, 200, 0.5)]}, None, ""),
     ({"image": encode(draw_image(1000, 10)), "boxes": [(0, 0, 1000, 1)]}, "aspect", "a crop of 1000x1 pixels"),
@@ -91,6 +100,18 @@ class TestErrors:
             make_views([{"image": GOOD, "boxes": [(10, 4, 9, 20)], "source": "rows.jsonl:17"}])[0].message == expected
         )
 
+    def test_row_that_asks_for_too_much_memory_is_refused_from_its_headers(self):
+        # 100 views of 4 million pixels, 3 channels, 2 temporal copies, 4 bytes each.
+        config = dataclasses.replace(CONFIG, crop_min_pixels=4_000_000, crop_max_pixels=5_000_000)
+        row = {"image": GOOD, "boxes": [(1, 1, 90, 90)] * 100}
+        (found,) = check_images([row], config)
+        assert found == make_views([row], config)[0]
+        assert found.reason == "too_large"
+        assert "the views of 1 images and 100 boxes have 4" in found.message
+        assert (
+            "over the 2147483648 of one row; give fewer boxes or lower max_pixels and crop_min_pixels" in found.message
+        )
+
     def test_unreadable_file_is_named(self, tmp_path):
         path = tmp_path / "pipe.png"
         os.mkfifo(path)  # must not wait for a writer
@@ -139,10 +160,39 @@ class TestHostile:
             else:
                 assert np.isfinite(found.teacher.pixel_values).all()
 
-    def test_thousand_scans_are_refused(self):
-        data = encode(draw_image(64, 64), "JPEG", progressive=True)
-        last = data.rindex(b"\xff\xda")
-        bomb = data[:-2] + data[last:-2] * 1000 + b"\xff\xd9"
+    @pytest.mark.parametrize(("side", "scans", "limit"), [(1032, 504, 500), (5000, 100, 85)])
+    def test_more_scans_than_the_size_allows_are_refused(self, side, scans, limit):
+        bomb = jpeg_of_scans(side, scans)
         (found,) = make_views([{"image": bomb}], CONFIG)
         assert isinstance(found, ViewError)
         assert found.reason == "undecodable"
+        assert f"more than {limit} scans, the limit at {side}x{side} pixels" in found.message
+
+    def test_scans_within_the_limit_are_decoded(self):
+        assert isinstance(make_views([{"image": jpeg_of_scans(1032, 60)}], CONFIG)[0], RowViews)
+
+    @pytest.mark.parametrize("stray", [b"", bytes(9), bytes(40)], ids=len)
+    def test_stray_bytes_do_not_hide_a_cut_file(self, stray):
+        data = encode(draw_image(400, 300), "JPEG", restart_marker_blocks=4)
+        restarts = [match.start() for match in re.finditer(rb"\xff[\xd0-\xd7]", data)]
+        cut = data[: restarts[len(restarts) // 4]] + stray + b"\xff\xd9"
+        (found,) = make_views([{"image": cut}], CONFIG)
+        assert isinstance(found, ViewError)
+        assert found.reason in {"truncated", "undecodable"}
+
+    @pytest.mark.parametrize("lossless", [False, True], ids=["lossy", "lossless"])
+    @pytest.mark.parametrize("animated", [False, True], ids=["still", "animated"])
+    def test_webp_frame_of_another_size_is_refused_from_the_header(self, animated, lossless):
+        file = encode(draw_image(640, 480), "WEBP", lossless=lossless)
+        frame = (file[12:16], file[20:])
+        canvas = bytes([2 if animated else 0, 0, 0, 0]) + bytes([31, 0, 0, 31, 0, 0])
+        if animated:
+            body = frame[0] + len(frame[1]).to_bytes(4, "little") + frame[1]
+            still = bytes(6) + bytes([31, 0, 0, 31, 0, 0]) + bytes(4)
+            data = riff((b"VP8X", canvas), (b"ANIM", bytes(6)), (b"ANMF", still + body))
+        else:
+            data = riff((b"VP8X", canvas), frame)
+        (found,) = check_images([{"image": data}], CONFIG)
+        assert isinstance(found, ViewError)
+        assert "holds a frame of 640x480 pixels where its header says 32x32" in found.message
+        assert make_views([{"image": data}], CONFIG) == [found]

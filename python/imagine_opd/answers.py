@@ -39,9 +39,9 @@ def has_answer_tag(text: str) -> bool:
 def is_correct(text: str, gold: str, letters: str | None = None, kind: str | None = None) -> bool | None:
     """Whether the completion's answer is `gold`; `None` when no answer can be read from it.
 
-    `kind=None`: `choice` where `letters` are given or the gold is one letter, else `text`.
-    `kind`: `choice` (a letter of `letters`, default ABCD, or A to Z for a gold beyond), `yesno`, `number` (equal to 1e-6), `text` (equal after
-    folding case, space and a final full stop). Raises `AnswerError` for another kind or a gold that does not parse.
+    `kind`: `choice` (a letter of `letters`, default ABCD, or A to Z for a gold beyond), `yesno`, `number` (equal to
+    1e-6), `text` (equal after folding case, space and a final full stop); `None`: `choice` where `letters` are given
+    or the gold is one letter, else `text`. Raises `AnswerError` for another kind or a gold that does not parse.
     """
     if kind is None:
         kind = "choice" if letters or re.fullmatch(r"\s*[A-Za-z]\s*", gold) else "text"

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from imagine_opd import _rust
-from imagine_opd.data.rows import encode_image
-from imagine_opd.errors import ConfigError
+from imagine_opd.data.rows import encode_image, place_boxes
+from imagine_opd.errors import ConfigError, RowError
 from imagine_opd.types import Box, ImageRef, Row, RowViews, View, ViewConfig, ViewError
 
 __all__ = ["RowViews", "View", "ViewConfig", "ViewError", "check_images", "make_views", "view_config_from"]
@@ -39,7 +39,7 @@ def make_views(rows: Iterable[Row | Mapping[str, Any]], config: ViewConfig | Non
         ConfigError: a field of `config` has a bad value.
     """
     config = _check_config(config or ViewConfig())
-    entries = [_read_row(index, row) for index, row in enumerate(rows)]
+    entries = [_read_row(index, row, config) for index, row in enumerate(rows)]
     made = iter(_rust.make_views([row for row in entries if isinstance(row, Row)], config))
     return [
         row if isinstance(row, ViewError) else _build_views(index, row, next(made)) for index, row in enumerate(entries)
@@ -55,7 +55,7 @@ def check_images(rows: Iterable[Row | Mapping[str, Any]], config: ViewConfig | N
         ConfigError: a field of `config` has a bad value.
     """
     config = _check_config(config or ViewConfig())
-    entries = [_read_row(index, row) for index, row in enumerate(rows)]
+    entries = [_read_row(index, row, config) for index, row in enumerate(rows)]
     found = iter(_rust.check_rows([row for row in entries if isinstance(row, Row)], config))
     errors: list[ViewError | None] = []
     for index, row in enumerate(entries):
@@ -146,6 +146,12 @@ def _check_config(config: ViewConfig) -> ViewConfig:
             raise ConfigError(f"ViewConfig.{name} is {values!r}; expected three finite numbers")
     if not all(value > 0 for value in config.image_std):
         raise ConfigError(f"ViewConfig.image_std is {config.image_std!r}; expected numbers above 0")
+    with np.errstate(all="ignore"):  # the darkest and brightest value of a channel, as Rust computes them
+        mean, std = np.array([config.image_mean, config.image_std], np.float64).astype(np.float32) * np.float32(255)
+        extremes = np.stack([(np.float32(byte) - mean) / std for byte in (0, 255)])
+    for name, held in (("image_mean", np.isfinite(mean)), ("image_std", np.isfinite(std) & np.isfinite(extremes))):
+        if not held.all():
+            raise ConfigError(f"ViewConfig.{name} is {getattr(config, name)!r}; expected numbers that float32 holds")
     return config
 
 
@@ -155,18 +161,25 @@ def _check_budget(low_name: str, low: int, high_name: str, high: int) -> None:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
-def _read_row(index: int, row: object) -> Row | ViewError:
+def _read_row(index: int, row: object, config: ViewConfig) -> Row | ViewError:
     """The row with every image as bytes or path and every box as a `Box`, or what is wrong with its form."""
     images: Any
     boxes: Any
+    box_images: Any = None
     if isinstance(row, Row):
         images, boxes, source = row.images, row.boxes, row.source
     elif isinstance(row, Mapping):
         images, boxes = row.get("images"), row.get("boxes")
         images = row.get("image") if images is None else images
+        box_images = row.get("box_images")
         source = str(row.get("source") or "")
     else:
         text = f"the row is a {type(row).__name__}; expected a Row or a mapping with `image` or `images`"
@@ -175,14 +188,23 @@ def _read_row(index: int, row: object) -> Row | ViewError:
         images = () if images is None else (images,)
     refs: list[ImageRef] = []
     for position, image in enumerate(images):
+        limit = config.max_image_pixels
+        if isinstance(image, Image.Image) and image.width * image.height > limit:  # before it is loaded
+            size = f"{image.width}x{image.height} pixels, over max_image_pixels={limit}"
+            text = f"image {position} is {size}; shrink the image or raise the limit"
+            return _name_error(index, source, "too_large", text)
         ref = _read_image(image)
         if isinstance(ref, str):
             return _name_error(index, source, "unreadable", f"image {position} {ref}")
         refs.append(ref)
+    boxes = list(boxes) if isinstance(boxes, Iterable) else [] if boxes is None else [boxes]
+    try:
+        places = place_boxes(boxes, box_images, len(refs))
+    except RowError as error:
+        return _name_error(index, source, "box_image", str(error))
     placed: list[Box] = []
-    boxes = () if boxes is None else boxes
-    for box in boxes if isinstance(boxes, Iterable) else (boxes,):
-        read = _read_box(box)
+    for box, place in zip(boxes, places, strict=True):
+        read = _read_box(box, place)
         if read is None:
             text = f"box {box!r} is not four numbers; expected (x0, y0, x1, y1), in pixels after EXIF"
             return _name_error(index, source, "box_not_finite", text)
@@ -194,12 +216,16 @@ def _read_image(image: object) -> ImageRef | str:
     """The image as bytes or path, or what is wrong with it."""
     if isinstance(image, Mapping):  # the undecoded image feature of `datasets`
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, (bytes, Path)):
+    if isinstance(image, bytes):
         return image
     if isinstance(image, (bytearray, memoryview)):
         return bytes(image)
     if isinstance(image, (str, os.PathLike)):
-        return Path(os.fsdecode(image))
+        try:
+            os.fsencode(image)
+        except UnicodeError:
+            return f"is the path {str(image)!r}, which no file can have; expected text that can be encoded"
+        return image if isinstance(image, Path) else Path(os.fsdecode(image))
     if not isinstance(image, Image.Image):
         return f"is a {type(image).__name__}; expected bytes, a path or a PIL image"
     try:
@@ -208,9 +234,8 @@ def _read_image(image: object) -> ImageRef | str:
         return f"is a PIL image that cannot be read ({error}); expected one that loads"
 
 
-def _read_box(box: object) -> Box | None:
+def _read_box(box: object, image: int) -> Box | None:
     sides: Any = box
-    image = 0
     if isinstance(box, Box):
         sides, image = (box.x0, box.y0, box.x1, box.y1), box.image
     if isinstance(sides, (str, bytes)):
