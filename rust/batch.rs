@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 use rayon::ThreadPool;
 use rayon::prelude::*;
 
-use crate::decode::{Rgb, decode};
+use crate::decode::decode;
 use crate::errors::{BoxFault, ImageFault, MAX_BOXES, MAX_ROW_BYTES, ViewError, allocate, catch_panic};
 use crate::geometry::{CropRule, PixelBox, Region, place_crop};
 use crate::header::{Header, Limits, name_io_fault, read_header};
 use crate::patchify::{Budget, Layout};
 use crate::resize::resize_region;
+use crate::rgb::Rgb;
 
 /// Where an encoded image is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

@@ -8,18 +8,11 @@ use turbojpeg::{Colorspace, Decompressor, Image, PixelFormat};
 
 use crate::errors::{ImageFault, allocate, catch_panic};
 use crate::header::{Format, Header, name_io_fault, name_webp_fault};
+use crate::rgb::Rgb;
 
 /// Pixels that all scans of a JPEG together may go over: more only burn time. Encoders write about ten scans.
 const MAX_SCANNED_PIXELS: u64 = 1 << 31;
 const PNG_CHUNK_BYTES: usize = 64 << 20;
-
-/// Pixels in rows, three bytes each.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rgb {
-    pub width: u32,
-    pub height: u32,
-    pub pixels: Vec<u8>,
-}
 
 /// Decodes `bytes`, whose header was read before, and turns the pixels as EXIF says.
 pub fn decode(bytes: &[u8], header: &Header) -> Result<Rgb, ImageFault> {

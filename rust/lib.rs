@@ -2,6 +2,8 @@
 
 pub mod errors;
 pub mod geometry;
+pub mod rgb;
+
 pub mod header;
 
 pub mod decode;

@@ -1,7 +1,7 @@
 //! EXIF orientation: read from a TIFF block, applied to pixels.
 
-use crate::decode::Rgb;
 use crate::errors::{ImageFault, allocate};
+use crate::rgb::Rgb;
 
 /// Side of the square in which pixels are turned: its lines of both images stay in the first cache.
 const BLOCK: usize = 32;

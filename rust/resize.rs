@@ -6,9 +6,9 @@ use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
 use fast_image_resize::pixels::U8x3;
 use fast_image_resize::{FilterType, ImageView, ResizeAlg, ResizeOptions, Resizer};
 
-use crate::decode::Rgb;
 use crate::errors::{ImageFault, allocate};
 use crate::geometry::Region;
+use crate::rgb::Rgb;
 
 type PixelRows<'a> = TypedImageRef<'a, U8x3>;
 
