@@ -23,7 +23,8 @@ $(READY): pyproject.toml $(RUST_SOURCES)
 	@sh scripts/ensure_nasm.sh
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/maturin && test -x $(BIN)/cmake || $(BIN)/python -m pip install -q 'maturin>=1.9.4,<2' 'cmake>=3.20,<5'
-	$(BIN)/maturin develop -q --release --extras dev
+	@echo "Building the Rust extension and installing what it needs (the first time: a few minutes, 6 GB)"
+	@PIP_QUIET=1 $(BIN)/maturin develop -q --release --extras dev
 	@touch $@
 
 demo: setup  ## Watch a vision-language model learn to see fine detail (a few minutes on 2 cores)
