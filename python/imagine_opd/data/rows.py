@@ -100,8 +100,8 @@ def _parse_image(image: Any, context: RowContext) -> ImageRef:
 
 
 def encode_image(image: Any) -> bytes:
-    """A PIL image as PNG bytes, alpha blended on white as transformers does with one. Its EXIF is not applied: a PIL
-    image is taken as it stands. Raises `OSError` or `ValueError` for a lazy image whose file cannot be read."""
+    """A PIL image as PNG bytes, alpha blended on white as recent transformers do with one. Its EXIF is not applied: a
+    PIL image is taken as it stands. Raises `OSError` or `ValueError` for a lazy image whose file cannot be read."""
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         from PIL import Image
 
