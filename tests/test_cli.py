@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from imagine_opd.cli import build_parser, main
+from imagine_opd.cli import main
 from imagine_opd.cli.train import parse_overrides, read_overrides
 from imagine_opd.demo import base_model_path
 from imagine_opd.demo.recipe import TINY_RECIPE
@@ -103,8 +103,3 @@ def test_train_then_ask(tmp_path, make_rows, capsys):
     assert json.loads((out / "run.json").read_text())["config"]["learning_rate"] == 1e-4
     assert main(["ask", str(out), str(tmp_path / "0.png"), make_rows(1)[0].question]) == 0
     assert re.search(r"^answer: \S+$", capsys.readouterr().out, re.MULTILINE)
-
-
-def test_every_command_has_a_help_line():
-    text = build_parser().format_help()
-    assert all(name in text for name in ("demo", "train", "ask"))

@@ -47,6 +47,13 @@ def test_unknown_mode_is_refused(tiny, make_rows):
         imagine_opd.evaluate(tiny.model, make_rows(1), modes=("oracle",), processor=tiny.processor, **TINY_RECIPE)
 
 
+def test_one_mode_may_be_a_name_and_an_empty_batch_is_refused(tiny, make_rows):
+    fields = {"processor": tiny.processor, **TINY_RECIPE}
+    assert list(imagine_opd.evaluate(tiny.model, make_rows(1), modes="imagine", **fields).modes) == ["imagine"]
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        imagine_opd.evaluate(tiny.model, make_rows(1), batch_size=0, **fields)
+
+
 def test_options_are_judged_by_letter(tiny, make_rows):
     row = make_rows(1)[0]
     from imagine_opd.evaluation import _judge

@@ -385,6 +385,17 @@ def test_settings_that_do_not_go_with_the_rows_are_refused(tiny, make_rows, tmp_
         make_trainer(tiny, make_rows(2), tmp_path, **fields)
 
 
+def test_compiled_kernels_are_refused_without_a_gpu_before_the_run(tiny, make_rows, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="kernel_backend='triton' needs a CUDA device"):
+        make_trainer(tiny, make_rows(2), tmp_path, kernel_backend="triton")
+
+
+def test_progress_bar_shows_the_kl(tiny, make_rows, tmp_path, capsys):
+    make_trainer(tiny, make_rows(2), tmp_path, max_steps=1, disable_tqdm=False).train()
+    assert "kl=" in capsys.readouterr().err
+
+
 def test_best_model_is_chosen_by_accuracy(tiny, make_rows, tmp_path):
     fields = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     args = build_config(tmp_path / "run", {**RUN, **fields, "load_best_model_at_end": True})

@@ -359,3 +359,26 @@ class TestConfig:
     def test_unknown_override_is_refused(self):
         with pytest.raises(ConfigError, match="no field 'margin'"):
             view_config_from(make_processor(), margin=1)
+
+
+def test_other_threads_run_while_pixels_are_made():
+    import threading
+    import time
+
+    data = encode(draw_image(4000, 3000), "JPEG")
+    ticks, done = [], threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    started = time.perf_counter()
+    make_one({"image": data}, dataclasses.replace(CONFIG, num_threads=1))
+    ended = time.perf_counter()
+    done.set()
+    ticker.join()
+    inside = [moment for moment in ticks if started + 0.01 < moment < ended - 0.01]
+    assert len(inside) > 5  # a call that held the interpreter would leave none

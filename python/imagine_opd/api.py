@@ -184,9 +184,11 @@ def find_checkpoint(resume: str | Path | bool | None, folder: Path) -> str | Non
     """The checkpoint folder to resume from, complete; `None` for a fresh start. Raises `ConfigError`."""
     if resume is None or resume is False:
         return None
-    found = Path(get_last_checkpoint(str(folder)) or "") if resume is True and folder.is_dir() else resume
-    if found is True or str(found) == ".":
-        raise ConfigError(f"resume_from_checkpoint=True: {str(folder)!r} holds no checkpoint to resume from")
+    found: str | Path | bool | None = resume
+    if resume is True:
+        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if found is None:
+            raise ConfigError(f"resume_from_checkpoint=True: {str(folder)!r} holds no checkpoint to resume from")
     path = Path(str(found))
     for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
         if not (path / name).is_file():

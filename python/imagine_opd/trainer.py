@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import ProgressCallback, Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from imagine_opd.answers import has_answer_tag
 from imagine_opd.callbacks import COMPLETIONS_FILE, RunFolderCallback, StepProgressCallback, append_line
@@ -233,6 +235,8 @@ class ImagineOPDTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Check the teacher, then train. See `transformers.Trainer.train`."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if isinstance(resume_from_checkpoint, (str, Path)):
             refuse_other_teacher(self.teacher, Path(resume_from_checkpoint))
         if self.args.teacher_checks:
@@ -334,6 +338,8 @@ def refuse_bad_run(args: ImagineOPDConfig, train_rows: Sequence[Row], eval_rows:
     """Raise `ConfigError` or `RowError` for settings that do not go with the rows or the machine."""
     if args.world_size > 1:
         raise ConfigError(f"world_size={args.world_size}: this version trains in one process; start without a launcher")
+    if args.kernel_backend == "triton" and args.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(f"kernel_backend='triton' needs a CUDA device, this run has {args.device}; use 'auto'")
     if str(args.eval_strategy.value) != "no" and eval_rows is None:
         raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs eval_data")
     if eval_rows is not None and not any(row.answer is not None for row in eval_rows):
