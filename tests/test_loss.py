@@ -90,15 +90,46 @@ def test_policy_loss_clips_as_ppo_with_dual_clip(ratio, advantage, loss, has_gra
 
 
 def test_logits_are_fp32_even_from_bf16_weights_under_autocast():
-    from imagine_opd.loss import project
-
-    head = nn.Linear(D, V, bias=True, dtype=torch.bfloat16)
-    hidden = torch.randn(N, D, dtype=torch.bfloat16)
+    student_head, teacher_head = make_heads(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=generator, dtype=torch.bfloat16)
+    scores = make_scores(hidden=hidden, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = project(head, hidden)
-    assert logits.dtype == torch.float32
-    exact = hidden.double() @ head.weight.double().T + head.bias.double()
-    torch.testing.assert_close(logits.double(), exact, atol=1e-5, rtol=1e-5)
+        result = objective(scores, student_head, teacher_head, ObjectiveConfig())
+    log_p = (hidden.double() @ student_head.weight.double().T).log_softmax(-1)
+    log_q = (scores.teacher_hidden_ND.double() @ teacher_head.weight.double().T).log_softmax(-1)
+    exact = (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(result.loss_N.double(), exact, atol=1e-5, rtol=1e-5)  # bf16 logits: off by 1e-2
+
+
+def test_no_tokens_give_a_zero_loss_that_is_still_attached():
+    student_head, teacher_head = make_heads(torch.float32)
+    empty = torch.zeros(0)
+    scores = Scores(torch.zeros(0, D).requires_grad_(), torch.zeros(0, D), empty.long(), empty, empty, empty)
+    result = objective(scores, student_head, teacher_head, ObjectiveConfig())
+    result.loss_sum.backward()
+    assert result.loss_sum.item() == 0.0
+    assert not student_head.weight.grad.any()
+
+
+def test_objective_never_holds_all_logits(monkeypatch):
+    rows, vocabulary = 4096, 20_000
+    heads = [nn.Linear(D, vocabulary, bias=False) for _ in range(2)]
+    largest = []
+    for name in ("empty", "zeros"):
+        allocate = getattr(torch, name)
+
+        def note(*args, allocate=allocate, **kwargs):
+            largest.append(allocate(*args, **kwargs))
+            return largest[-1]
+
+        monkeypatch.setattr(torch, name, note)
+    hidden = torch.randn(rows, D)
+    ids = torch.randint(vocabulary, (rows,))
+    scores = Scores(hidden.requires_grad_(), torch.randn(rows, D), ids, torch.zeros(rows), ids, ids)
+    objective(scores, *heads, ObjectiveConfig()).loss_sum.backward()
+    assert largest
+    assert max(tensor.numel() for tensor in largest) <= rows * vocabulary / 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are compiled; tests/gpu covers them")

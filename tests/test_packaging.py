@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+KERNEL_SUFFIXES = (".py", ".json")
 PROBE = """
 import imagine_opd, imagine_opd._rust, imagine_opd.kernels.reference, torch
 from imagine_opd.demo import base_model_path
@@ -39,8 +40,8 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def kernel_sizes() -> dict[str, int]:
-    sizes = {path.name: path.stat().st_size for path in (ROOT / "kernels").glob("*.py")}
-    assert len(sizes) >= 2
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "kernels").iterdir() if path.suffix in KERNEL_SUFFIXES}
+    assert len(sizes) >= 10
     return sizes
 
 
@@ -50,7 +51,7 @@ def test_wheel_holds_every_kernel_file_whole(wheel):
         packed = {
             Path(item.filename).name: item.file_size
             for item in archive.infolist()
-            if item.filename.startswith(prefix) and item.filename.endswith(".py")
+            if item.filename.startswith(prefix) and item.filename.endswith(KERNEL_SUFFIXES)
         }
         names = archive.namelist()
     assert packed.pop("__init__.py") > 0
@@ -76,9 +77,9 @@ def test_wheel_is_abi3_and_carries_stub_marker_and_base_model(wheel):
 
 
 def test_every_link_points_at_a_kernel_file():
-    links = {
-        path.name: path for path in (ROOT / "python/imagine_opd/kernels").glob("*.py") if path.name != "__init__.py"
-    }
+    folder = ROOT / "python/imagine_opd/kernels"
+    links = {path.name: path for path in folder.iterdir() if path.suffix in KERNEL_SUFFIXES}
+    del links["__init__.py"]
     assert links.keys() == kernel_sizes().keys()
     for name, link in links.items():
         assert link.is_symlink()

@@ -93,7 +93,7 @@ def test_identical_views_give_no_loss_and_no_gradient(tiny, make_rows, tmp_path,
 
 def answer_logprob(trainer: ImagineOPDTrainer, rows: list[Row], traces: list[str]) -> float:
     """Mean log-prob of the reference traces under the student's view."""
-    from imagine_opd.loss import project
+    from imagine_opd.kernels import linear_token_stats
     from imagine_opd.models import get_head
     from imagine_opd.rollout import finish_completions
     from imagine_opd.scoring import score_side
@@ -105,8 +105,9 @@ def answer_logprob(trainer: ImagineOPDTrainer, rows: list[Row], traces: list[str
     prompts = [pair.student for pair in trainer._build_pairs(rows)]
     with torch.no_grad():
         hidden_ND = score_side(trainer.model, prompts, rollouts, rollouts.completion_mask_BT, trainer.token_ids.pad)
-        logprobs_NV = project(get_head(trainer.model), hidden_ND).log_softmax(dim=-1)
-    return float(logprobs_NV.gather(1, ids_BT[rollouts.completion_mask_BT][:, None]).mean())
+        head = get_head(trainer.model)
+        stats = linear_token_stats(hidden_ND, head, None, None, ids_BT[rollouts.completion_mask_BT])
+    return float(stats.student_logprob_N.mean())
 
 
 def test_evidence_moves_the_student_to_the_truth_and_wrong_evidence_does_not(tiny, make_scenes_and_rows, tmp_path):

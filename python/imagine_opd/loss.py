@@ -8,12 +8,11 @@ sampled_token: L_t = -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), dual c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from imagine_opd.kernels import BackendName, TokenStats, token_stats
+from imagine_opd.kernels import BackendName, TokenStats, linear_token_stats
 from imagine_opd.models import TokenIds
 from imagine_opd.rollout.finish import find_truncated
 from imagine_opd.types import Rollouts, Scores
@@ -36,7 +35,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The sum of the per-token losses (divide by the global token count) and the statistics they came from."""
+    """The sum of the per-token losses (divide by the global token count) and the statistics they came from.
+
+    `loss_sum` carries the gradient and can be differentiated once; the rest are constants.
+    """
 
     loss_sum: torch.Tensor
     loss_N: torch.Tensor
@@ -55,30 +57,30 @@ def select_active_tokens(
 
 
 def objective(scores: Scores, student_head: nn.Linear, teacher_head: nn.Linear, config: ObjectiveConfig) -> Objective:
-    """Loss of the kept tokens. With no token the loss is exactly 0 and still attached to the student's graph."""
-    student_logits_NV = project(student_head, scores.student_hidden_ND)
-    with torch.no_grad():
-        teacher_logits_NV = project(teacher_head, scores.teacher_hidden_ND)
-    stats = token_stats(
-        student_logits_NV,
-        teacher_logits_NV,
+    """Loss of the kept tokens. With no token the loss is exactly 0 and still attached to the student's graph.
+
+    Logits exist for a chunk of rows at a time, in fp32 whatever the heads' dtype.
+    """
+
+    def compute_row_loss(stats: TokenStats, sampling_logprobs_C: torch.Tensor) -> torch.Tensor:
+        if config.distillation_mode == "full":
+            return stats.reverse_kl_N
+        return clip_policy_loss(stats, sampling_logprobs_C, config)
+
+    stats = linear_token_stats(
+        scores.student_hidden_ND,
+        student_head,
+        scores.teacher_hidden_ND,
+        teacher_head,
         scores.token_ids_N,
+        compute_row_loss,
+        row_inputs=(scores.sampling_logprobs_N,),
         temperature=config.temperature,
         backend=config.kernel_backend,
     )
-    if config.distillation_mode == "full":
-        loss_N = stats.reverse_kl_N
-    else:
-        loss_N = clip_policy_loss(stats, scores.sampling_logprobs_N, config)
-    return Objective(loss_N.sum(), loss_N, stats)
-
-
-def project(head: nn.Linear, hidden_ND: torch.Tensor) -> torch.Tensor:
-    """Logits `[N, V]` in fp32 whatever the head's dtype."""
-    # fp32 here: with bf16-rounded logits the KL's gradient is off by 20 % and more once student and teacher are close.
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        bias: Any = None if head.bias is None else head.bias.float()
-        return nn.functional.linear(hidden_ND.float(), head.weight.float(), bias)
+    assert stats.loss is not None
+    assert stats.loss_N is not None
+    return Objective(stats.loss, stats.loss_N, stats)
 
 
 def clip_policy_loss(stats: TokenStats, sampling_logprobs_N: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:

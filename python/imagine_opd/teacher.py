@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from imagine_opd.errors import TeacherError
-from imagine_opd.kernels import TokenStats, token_stats
-from imagine_opd.loss import project
+from imagine_opd.kernels import TokenStats, linear_token_stats
 from imagine_opd.models import get_head, load_model, load_processor
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.scoring import score_side
@@ -145,9 +144,9 @@ def measure_rollout_drift(
         return 0.0
     with torch.no_grad():
         hidden_ND = score_side(student, prompts, rollouts, mask_BT, engine.token_ids.pad)
-        logprobs_NV = (project(get_head(student), hidden_ND) / sampling.temperature).log_softmax(dim=-1)
-    scored_N = logprobs_NV.gather(1, rollouts.completion_ids_BT[mask_BT][:, None])[:, 0]
-    return float((scored_N - rollouts.sampling_logprobs_BT[mask_BT]).abs().mean())
+        ids_N = rollouts.completion_ids_BT[mask_BT]
+        stats = linear_token_stats(hidden_ND, get_head(student), None, None, ids_N, temperature=sampling.temperature)
+    return float((stats.student_logprob_N - rollouts.sampling_logprobs_BT[mask_BT]).abs().mean())
 
 
 def refuse_blind_prompt(prompt: Prompt, side: str) -> None:
@@ -203,13 +202,13 @@ def _score_views(
     mask_BT = rollouts.completion_mask_BT
     if not mask_BT.any():
         return None
-    logits = []
     with torch.no_grad():
-        for model, view in ((student, student_view), (teacher, teacher_view)):
-            prompts = [getattr(pair, view) for pair in pairs]
-            hidden_ND = score_side(model, prompts, rollouts, mask_BT, engine.token_ids.pad)
-            logits.append(project(get_head(model), hidden_ND))
-    return token_stats(logits[0], logits[1], rollouts.completion_ids_BT[mask_BT])
+        student_hidden_ND, teacher_hidden_ND = (
+            score_side(model, [getattr(pair, view) for pair in pairs], rollouts, mask_BT, engine.token_ids.pad)
+            for model, view in ((student, student_view), (teacher, teacher_view))
+        )
+        ids_N = rollouts.completion_ids_BT[mask_BT]
+        return linear_token_stats(student_hidden_ND, get_head(student), teacher_hidden_ND, get_head(teacher), ids_N)
 
 
 def _mean_teacher_entropy(teacher: Any, pairs: Sequence[PromptPair], rollouts: Rollouts, engine: HFEngine) -> float:

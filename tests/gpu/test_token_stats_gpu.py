@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import assert_close_to_fp64, make_case, run
 
-from imagine_opd.kernels import token_stats, token_stats_triton
+from imagine_opd.kernels import RowWeights, launches_triton, token_stats, tuning
 
 pytestmark = pytest.mark.gpu
 
@@ -15,7 +15,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 @pytest.fixture(autouse=True)
 def _compiled() -> None:
-    assert not token_stats_triton.triton.knobs.runtime.interpret, "unset TRITON_INTERPRET: this must run compiled"
+    assert not launches_triton.is_interpreted(), "unset TRITON_INTERPRET: this must run compiled"
 
 
 @pytest.mark.parametrize("vocabulary", [32000, 128256, 151669, 151936, 262144])
@@ -70,3 +70,48 @@ def test_auto_takes_the_kernels_on_cuda() -> None:
     assert torch.equal(automatic.reverse_kl_N, chosen.reverse_kl_N)
     doubled = token_stats(case.student_NV.double(), case.teacher_NV, case.token_ids_N)
     assert doubled.reverse_kl_N.dtype == torch.float64
+
+
+def test_few_rows_are_split_over_programs_and_agree_with_one_program_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(3, 151936, BF16, BF16)
+    assert tuning.choose_splits(3, 151936, tuning.get_tuning(case.student_NV.device).stats, case.student_NV.device) > 1
+    values, grad_NV = run(case, "triton")
+    monkeypatch.setattr(tuning, "choose_splits", lambda *_: 1)
+    whole_values, whole_grad_NV = run(case, "triton")
+    for value, whole in zip(values, whole_values, strict=True):
+        torch.testing.assert_close(value, whole, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(grad_NV, whole_grad_NV, atol=1e-6, rtol=2**-7)
+
+
+@pytest.mark.parametrize("rows_in_flight", [0, 64, 132])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_one_launch_equals_two_passes(rows_in_flight: int, in_place: bool) -> None:
+    case = make_case(300, 151936, BF16, BF16, use=(False, True, False))
+    _, grad_NV = run(case, "triton")
+    with tuning.override(replace(tuning.get_tuning(case.student_NV.device), rows_in_flight=rows_in_flight)):
+        leaf_NV = case.student_NV.clone().requires_grad_()
+        logits_NV = leaf_NV + 0.0
+        weights = RowWeights(reverse_kl_N=case.weights_3N[1].contiguous())
+        token_stats(logits_NV, case.teacher_NV, case.token_ids_N, weights=weights, in_place=in_place).loss.backward()
+    torch.testing.assert_close(leaf_NV.grad, grad_NV, atol=1e-6, rtol=2**-7)
+
+
+def test_passes_can_be_captured_in_a_cuda_graph() -> None:
+    case = make_case(64, 32000, BF16, BF16)
+    leaf_NV = case.student_NV.clone().requires_grad_()
+
+    def step() -> torch.Tensor:
+        stats = token_stats(leaf_NV, case.teacher_NV, case.token_ids_N)
+        (grad_NV,) = torch.autograd.grad(stats.reverse_kl_N.sum(), leaf_NV)
+        return grad_NV
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected_NV = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grad_NV = step()
+    grad_NV.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(grad_NV, expected_NV)

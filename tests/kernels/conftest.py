@@ -12,11 +12,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles() -> Iterator[None]:
     """Tiles of 128 columns, so that small rows also cross tile borders."""
-    from imagine_opd.kernels import token_stats_triton
+    from imagine_opd.kernels import tuning
 
-    monkeypatch.setattr(token_stats_triton, "choose_tile", lambda _: token_stats_triton.TileConfig(128, 4, 1))
+    tile = tuning.TileConfig(128, 4, 1)
+    with tuning.override(tuning.Tuning(tile, tile, tile)):
+        yield
 
 
 @pytest.fixture(autouse=True)

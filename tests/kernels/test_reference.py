@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE, TOLERANCE, make_case, measure_error, run, run_naive
 
-from imagine_opd.kernels import reference, token_stats
+from imagine_opd.kernels import reference_blocks, token_stats
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -39,7 +39,7 @@ def test_fp64_teacher_lifts_fp32_student_to_fp64() -> None:
 def test_row_blocks_do_not_change_the_answer(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(7, 129, torch.bfloat16)
     values, grad_NV = run(case, "reference")
-    monkeypatch.setitem(reference.BLOCK_ELEMENTS, DEVICE, height * 129)
+    monkeypatch.setitem(reference_blocks.BLOCK_ELEMENTS, DEVICE, height * 129)
     block_values, block_grad_NV = run(case, "reference")
     for value, block_value in zip((*values, grad_NV), (*block_values, block_grad_NV), strict=True):
         assert torch.equal(value, block_value)

@@ -207,20 +207,6 @@ def test_columns_dead_for_the_student_count_for_nothing(backend: str) -> None:
     torch.testing.assert_close(grad_NV.double(), true_grad_NV, atol=1e-5, rtol=1e-5)
 
 
-def test_token_impossible_for_the_teacher_gives_infinite_kl(backend: str) -> None:
-    student_NV, teacher_NV = logits([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]), logits([1.0, -INF, 0.0], [1.0, 0.0, 0.0])
-    stats = token_stats(student_NV, teacher_NV, ids(1, 1), backend=backend)
-    assert stats.reverse_kl_N[0] == INF
-    assert stats.teacher_logprob_N[0] == -INF
-    assert stats.student_logprob_N[0] == stats.student_logprob_N[1]
-    assert torch.isfinite(stats.reverse_kl_N[1])
-    # no gradient exists there, and none is made up; other losses of the row, and other rows, do not notice
-    kl_grad_NV = differentiate("reverse_kl_N", student_NV, teacher_NV, ids(1, 1), backend)
-    assert kl_grad_NV[0].isnan().all()
-    assert kl_grad_NV[1].isfinite().all()
-    assert differentiate("student_logprob_N", student_NV, teacher_NV, ids(1, 1), backend).isfinite().all()
-
-
 def test_dead_row_is_nan_alone(backend: str) -> None:
     case = make_case(7, 129)
     values, grad_NV = run(case, backend)
@@ -355,12 +341,12 @@ def test_every_output_element_is_written(backend: str, monkeypatch: pytest.Monke
         return allocated[-1]
 
     if backend == "reference":  # its blocks: the one allocation is the gradient of several
-        from imagine_opd.kernels import reference
+        from imagine_opd.kernels import reference_blocks
 
-        monkeypatch.setitem(reference.BLOCK_ELEMENTS, DEVICE, 3 * 1003)
+        monkeypatch.setitem(reference_blocks.BLOCK_ELEMENTS, DEVICE, 3 * 1003)
     monkeypatch.setattr(torch, "empty", allocate_poisoned)
     poisoned_values, poisoned_grad_NV = run(case, backend)
-    assert len(allocated) >= (9 if backend == "triton" else 1)
+    assert len(allocated) >= (2 if backend == "triton" else 1)
     for value, poisoned in zip((*values, grad_NV), (*poisoned_values, poisoned_grad_NV), strict=True):
         assert torch.equal(value, poisoned)
 

@@ -1,0 +1,255 @@
+"""Statistics and gradients from hidden states and output heads, a chunk of rows at a time: [N, V] is never held.
+
+For each chunk: logits of both sides by matrix products into buffers that are used again, the first pass over them, the
+weights of its rows (from a loss on the statistics, or from upstream), the second pass, and the products that take the
+gradient back to hidden states and head. README.md beside this file says what each mode costs.
+"""
+
+# N kept tokens, C rows of a chunk, V vocabulary, D hidden
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imagine_opd.kernels.backends import load_backend
+from imagine_opd.kernels.matmul import add_product, multiply, project
+from imagine_opd.kernels.types import TABLE_ROWS, Logits, StatsSpec
+
+Weigh = Callable[[slice, Tensor], tuple[Tensor, tuple[bool, ...]]]
+"""Rows of a chunk and their statistics table to the weights [5, C] of the statistics, and which are in use."""
+
+
+class Side(NamedTuple):
+    """Student or teacher, ready to be projected: hidden states [N, D], head [V, D] and bias [V]."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
+    softcap: float
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """Everything but tensors that a call needs; small enough to travel as text through a torch operator."""
+
+    spec: StatsSpec
+    backend: str
+    vocabulary: int
+    columns: int
+    """Rows of the heads that are projected: the vocabulary, and padding that keeps rows aligned."""
+    chunk_rows: int
+    logits_dtype: str
+    student_dtype: str
+    """Of the student's operands in matrix products."""
+    teacher_dtype: str
+    student_scale: float = 1.0
+    student_softcap: float = 0.0
+    teacher_scale: float = 1.0
+    teacher_softcap: float = 0.0
+    min_memory: bool = False
+
+    def encode(self) -> str:
+        """As text; `decode` gives it back."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def decode(text: str) -> LinearPlan:
+        """What `encode` wrote."""
+        values = json.loads(text)
+        return LinearPlan(**{**values, "spec": StatsSpec(**values["spec"])})
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """In the student's hidden states [N, D], head [V, D] and bias [V], sums in fp32 or wider; `None`: not asked for."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+
+
+def make_side(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: str, scale: float, softcap: float
+) -> Side:
+    """The operands in the dtype of the matrix products."""
+    operand_dtype = getattr(torch, dtype)
+    return Side(hidden_ND.detach().to(operand_dtype), weight_VD.detach().to(operand_dtype), bias_V, scale, softcap)
+
+
+def split_chunks(rows: int, height: int) -> Iterator[slice]:
+    """Chunks of equal height but the last."""
+    return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
+
+
+def run_chunks(
+    student: Side,
+    teacher: Side | None,
+    ids_N: Tensor,
+    plan: LinearPlan,
+    table: Tensor | None = None,
+    weigh: Weigh | None = None,
+    gradients: Gradients | None = None,
+) -> Tensor:
+    """The statistics table [13, N]; with `weigh`, gradients are added to `gradients` on the way.
+
+    `table`: the statistics where they are known already, so that only gradients are made.
+    """
+    backend = load_backend(plan.backend)
+    rows = len(ids_N)
+    project_chunk = ChunkProjector(student, teacher, plan, min(plan.chunk_rows, rows))
+    if table is None:
+        out = torch.zeros(TABLE_ROWS, rows, dtype=project_chunk.stats_dtype, device=ids_N.device)
+    else:
+        out = table
+    for chunk in split_chunks(rows, plan.chunk_rows):
+        student_logits, teacher_logits = project_chunk(chunk)
+        if table is None:
+            out[:, chunk] = backend.compute_stats(
+                student_logits, teacher_logits, ids_N[chunk], plan.spec, plan.vocabulary
+            )
+        if weigh is None or gradients is None:
+            continue
+        weights_5C, uses = weigh(chunk, out[:, chunk])
+        if not any(uses):
+            continue
+        weights_5C, factor = scale_weights(weights_5C, student.hidden_ND.dtype)
+        grad_CV = backend.compute_gradient(
+            student_logits,
+            teacher_logits,
+            ids_N[chunk],
+            out[:, chunk],
+            weights_5C,
+            uses,
+            plan.spec,
+            plan.vocabulary,
+            project_chunk.get_gradient_buffer(chunk),
+        )
+        add_gradients(gradients, chunk, student, grad_CV, factor, slice(0, plan.columns))
+    return out
+
+
+class ChunkProjector:
+    """Logits of both sides for a chunk of rows, in buffers that the next chunk uses again."""
+
+    def __init__(self, student: Side, teacher: Side | None, plan: LinearPlan, height: int) -> None:
+        self.student, self.teacher, self.columns = student, teacher, plan.columns
+        self.logits_dtype: torch.dtype = getattr(torch, plan.logits_dtype)
+        self.stats_dtype = torch.promote_types(self.logits_dtype, torch.float32)
+        self.shares_head = shares_head(student, teacher)
+        device = student.hidden_ND.device
+        sides = 1 if teacher is None else 2
+        self.logits = torch.empty(sides * height, plan.columns, dtype=self.logits_dtype, device=device)
+        operand_dtype = student.hidden_ND.dtype
+        # Each gradient depends on its own logit alone, so it may take that logit's place where the dtype is the same.
+        self.gradient = (
+            None
+            if operand_dtype == self.logits_dtype
+            else torch.empty(height, plan.columns, dtype=operand_dtype, device=device)
+        )
+
+    def __call__(self, chunk: slice) -> tuple[Logits, Logits | None]:
+        height = chunk.stop - chunk.start
+        student_CV = self.logits[:height]
+        student, teacher = self.student, self.teacher
+        weight_VD = student.weight_VD[: self.columns]
+        if teacher is None:
+            project(student.hidden_ND[chunk], weight_VD, student_CV)
+            return self._wrap(student, student_CV), None
+        teacher_CV = self.logits[height : 2 * height]
+        if self.shares_head:
+            # One product of twice the rows fills a GPU better.
+            both_ND = torch.cat([student.hidden_ND[chunk], teacher.hidden_ND[chunk]])
+            project(both_ND, weight_VD, self.logits[: 2 * height])
+        else:
+            project(student.hidden_ND[chunk], weight_VD, student_CV)
+            project(teacher.hidden_ND[chunk], teacher.weight_VD[: self.columns], teacher_CV)
+        return self._wrap(student, student_CV), self._wrap(teacher, teacher_CV)
+
+    def get_gradient_buffer(self, chunk: slice) -> Tensor:
+        """Where the chunk's gradient goes."""
+        return (self.logits if self.gradient is None else self.gradient)[: chunk.stop - chunk.start]
+
+    def _wrap(self, side: Side, values_CV: Tensor) -> Logits:
+        return Logits(values_CV, side.bias_V, side.scale, side.softcap)
+
+
+def shares_head(student: Side, teacher: Side | None) -> bool:
+    """Whether one product can serve both sides: the same weights in memory, on a GPU.
+
+    Not on CPU: there is no gain, and rows of one product need not be summed in the same order, which would turn
+    identical views into a KL of 1e-12 instead of 0.
+    """
+    return (
+        teacher is not None
+        and student.weight_VD.is_cuda
+        and student.weight_VD.data_ptr() == teacher.weight_VD.data_ptr()
+        and student.weight_VD.shape == teacher.weight_VD.shape
+        and student.weight_VD.stride() == teacher.weight_VD.stride()
+        and student.hidden_ND.dtype == teacher.hidden_ND.dtype
+    )
+
+
+def allocate_gradients(student: Side, needs: Needs, hidden_dtype: torch.dtype, min_memory: bool) -> Gradients:
+    """Buffers of the gradients asked for, zeroed: hidden states in their own dtype, head and bias fp32 or wider."""
+    operand_dtype = student.hidden_ND.dtype
+    sum_dtype = torch.promote_types(operand_dtype, torch.float32)
+    # Wide where parts are added up, and for fp16, until the upstream gradient is in: a loss that is scaled in backward
+    # is not scaled yet.
+    is_wide = min_memory or operand_dtype == torch.float16
+    hidden_dtype = sum_dtype if is_wide else torch.promote_types(hidden_dtype, operand_dtype)
+    device = student.hidden_ND.device
+    return Gradients(
+        torch.zeros(student.hidden_ND.shape, dtype=hidden_dtype, device=device) if needs.hidden else None,
+        torch.zeros(student.weight_VD.shape, dtype=sum_dtype, device=device) if needs.weight else None,
+        torch.zeros(len(student.weight_VD), dtype=sum_dtype, device=device) if needs.bias else None,
+    )
+
+
+def scale_weights(weights_5C: Tensor, operand_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """For fp16 gradients: weights whose largest is 1, and the factor taken out, or small gradients would underflow."""
+    if operand_dtype != torch.float16:
+        return weights_5C, None
+    peak = weights_5C.abs().amax()
+    peak = torch.where((peak > 0) & peak.isfinite(), peak, torch.ones_like(peak))
+    return weights_5C / peak, peak
+
+
+def add_gradients(
+    gradients: Gradients,
+    rows: slice,
+    student: Side,
+    grad_CV: Tensor,
+    factor: Tensor | None,
+    columns: slice,
+    *,
+    first_part: bool = True,
+) -> None:
+    """Take a block of the logits' gradient back to hidden states, head and bias.
+
+    `columns`: the block's rows of the head. `first_part`: nothing stands in the hidden states' gradient yet.
+    """
+    if gradients.hidden_ND is not None:
+        weight_VD = student.weight_VD[columns]
+        if first_part and factor is None:
+            multiply(grad_CV, weight_VD, gradients.hidden_ND[rows])
+        else:
+            add_product(gradients.hidden_ND[rows], grad_CV, weight_VD, factor)
+    if gradients.weight_VD is not None:
+        add_product(gradients.weight_VD[columns], grad_CV.t(), student.hidden_ND[rows], factor)
+    if gradients.bias_V is not None:
+        total_V = grad_CV.sum(0, dtype=gradients.bias_V.dtype)
+        gradients.bias_V[columns] += total_V if factor is None else total_V * factor

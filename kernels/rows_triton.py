@@ -1,0 +1,206 @@
+"""The first pass in Triton: logits in memory to row statistics, one program for a row or a part of one.
+
+A program walks a row's column tiles once and keeps running sums. No atomics and a fixed order: runs repeat bit by bit.
+"""
+# N kept tokens, V vocabulary. No `from __future__ import annotations`: Triton reads annotations.
+
+import triton
+import triton.language as tl
+from imagine_opd.kernels.merge_triton import store_state
+
+from imagine_opd.kernels.algebra_triton import LOWEST_FLOAT, load_logits, store_stats, update_state
+
+
+@triton.jit
+def walk_row(
+    student_ptr,
+    teacher_ptr,
+    first,
+    limit,
+    student_bias_ptr,
+    teacher_bias_ptr,
+    student_scale,
+    teacher_scale,
+    student_softcap,
+    teacher_softcap,
+    inv_temperature,
+    teacher_inv_temperature,
+    TILES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    STUDENT_ADJUST: tl.constexpr,
+    TEACHER_ADJUST: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    HAS_FORWARD: tl.constexpr,
+    SAME_TEMPERATURE: tl.constexpr,
+):
+    """The state, vectors [1], of the columns from `first` up to `limit` of one row; energy and ratios in nats."""
+    zero = tl.zeros([1], tl.float32)
+    student_max = zero + LOWEST_FLOAT
+    teacher_max = zero + LOWEST_FLOAT
+    student_sum = zero
+    energy = zero
+    teacher_sum = zero
+    ratio = zero
+    missing = zero
+    forward_ratio = zero
+    forward_missing = zero
+    for tile in tl.range(0, TILES, num_stages=NUM_STAGES):
+        columns = first + tile * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+        mask = columns < limit
+        s = load_logits(student_ptr, columns, mask, student_bias_ptr, student_scale, student_softcap, STUDENT_ADJUST)
+        s = tl.where(mask, s, -float("inf"))
+        t = s
+        if HAS_TEACHER:
+            t = load_logits(
+                teacher_ptr, columns, mask, teacher_bias_ptr, teacher_scale, teacher_softcap, TEACHER_ADJUST
+            )
+            t = tl.where(mask, t, -float("inf"))
+        (
+            student_max,
+            student_sum,
+            energy,
+            teacher_max,
+            teacher_sum,
+            ratio,
+            missing,
+            forward_ratio,
+            forward_missing,
+        ) = update_state(
+            s,
+            t,
+            student_max,
+            student_sum,
+            energy,
+            teacher_max,
+            teacher_sum,
+            ratio,
+            missing,
+            forward_ratio,
+            forward_missing,
+            inv_temperature,
+            teacher_inv_temperature,
+            HAS_TEACHER,
+            HAS_FORWARD,
+            SAME_TEMPERATURE,
+        )
+    energy *= inv_temperature
+    if SAME_TEMPERATURE:
+        ratio *= inv_temperature
+        forward_ratio *= inv_temperature
+    return (
+        student_max,
+        student_sum,
+        energy,
+        teacher_max,
+        teacher_sum,
+        ratio,
+        missing,
+        forward_ratio,
+        forward_missing,
+    )
+
+
+@triton.jit
+def stats_kernel(
+    student_ptr,
+    teacher_ptr,
+    token_ids_ptr,
+    mask_ptr,
+    out_ptr,
+    out_stride,
+    student_bias_ptr,
+    teacher_bias_ptr,
+    student_stride,
+    teacher_stride,
+    student_scale,
+    teacher_scale,
+    student_softcap,
+    teacher_softcap,
+    inv_temperature,
+    teacher_inv_temperature,
+    V: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    STUDENT_ADJUST: tl.constexpr,
+    TEACHER_ADJUST: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    HAS_FORWARD: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    SAME_TEMPERATURE: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """Whole rows to the statistics table, or with SPLITS > 1 parts of rows to partial states [SPLITS, 11, N]."""
+    row = tl.program_id(0).to(tl.int64)  # N * V passes 2^31 at row 14,134 of a 151,936-token vocabulary
+    split = tl.program_id(1)
+    active = row >= 0
+    if HAS_MASK:
+        active = tl.load(mask_ptr + row) != 0
+    # A row left out reads nothing. A branch, not a return: returning early makes large kernels spill.
+    first = split * TILES * BLOCK_V
+    limit = tl.where(active, V, 0)
+    student_ptr += row * student_stride
+    teacher_ptr += row * teacher_stride
+    state = walk_row(
+        student_ptr,
+        teacher_ptr,
+        first,
+        limit,
+        student_bias_ptr,
+        teacher_bias_ptr,
+        student_scale,
+        teacher_scale,
+        student_softcap,
+        teacher_softcap,
+        inv_temperature,
+        teacher_inv_temperature,
+        TILES,
+        BLOCK_V,
+        NUM_STAGES,
+        STUDENT_ADJUST,
+        TEACHER_ADJUST,
+        HAS_TEACHER,
+        HAS_FORWARD,
+        SAME_TEMPERATURE,
+    )
+    one = tl.arange(0, 1)
+    token_id = tl.load(token_ids_ptr + row) + one
+    known = (token_id >= 0) & (token_id < V)
+    here = known & (token_id < tl.where(split == 0, limit, 0))
+    safe_id = tl.where(known, token_id, 0)
+    s_y = load_logits(student_ptr, safe_id, here, student_bias_ptr, student_scale, student_softcap, STUDENT_ADJUST)
+    s_y = tl.where(here, s_y, -float("inf"))
+    t_y = s_y
+    if HAS_TEACHER:
+        t_y = load_logits(teacher_ptr, safe_id, here, teacher_bias_ptr, teacher_scale, teacher_softcap, TEACHER_ADJUST)
+        t_y = tl.where(here, t_y, -float("inf"))
+    rows = row + one
+    if SPLITS == 1:
+        store_stats(
+            out_ptr,
+            out_stride,
+            rows,
+            one >= 0,
+            tl.where(active, one, -1) >= 0,
+            s_y,
+            t_y,
+            known,
+            state[0],
+            state[1],
+            state[2],
+            state[3],
+            state[4],
+            state[5],
+            state[6],
+            state[7],
+            state[8],
+            inv_temperature,
+            teacher_inv_temperature,
+            HAS_TEACHER,
+            HAS_FORWARD,
+            POLICY,
+        )
+    else:
+        store_state(out_ptr + split * 11 * out_stride + rows, out_stride, one >= 0, s_y, t_y, state)

@@ -1,0 +1,142 @@
+"""Launch shapes and chunk heights: measured ones for known devices from `tuning.json`, sound ones for all others."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+TABLE = Path(__file__).with_name("tuning.json")
+
+CHUNK_BYTES = 2_684_354_560
+"""Most that the buffers of a chunk may take, 2.5 GiB: with what else is held, 3 GiB beyond inputs and outputs."""
+
+CPU_CHUNK_BYTES = 2**26
+
+
+class TileConfig(NamedTuple):
+    """How a row is walked: columns per tile, warps per program, tiles in flight."""
+
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+_TILE = TileConfig(4096, 8, 3)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The launch shapes of one kind of device; the defaults compile for sm_80 and sm_90 without register spills."""
+
+    stats: TileConfig = _TILE
+    gradient: TileConfig = _TILE
+    fused: TileConfig = _TILE
+    rows_in_flight: int = 0
+    """Programs of the fused kernel; each takes every such row. 0: one program for each row."""
+    chunk_rows: dict[str, int] = field(default_factory=dict)
+    """Rows of a chunk by hidden size: "2560" with a frozen head, "2560+dW" with a trained one."""
+
+
+_override: Tuning | None = None
+
+
+def get_tuning(device: torch.device | None = None) -> Tuning:
+    """The launch shapes for a device: measured ones where its name is in the table."""
+    if _override is not None:
+        return _override
+    if device is None or device.type != "cuda":
+        return Tuning()
+    return load_table(TABLE).get(torch.cuda.get_device_name(device), Tuning())
+
+
+@contextlib.contextmanager
+def override(tuning: Tuning) -> Iterator[None]:
+    """Use these launch shapes inside the block, for sweeps and tests."""
+    global _override
+    before, _override = _override, tuning
+    try:
+        yield
+    finally:
+        _override = before
+
+
+@functools.cache
+def load_table(path: Path) -> dict[str, Tuning]:
+    """The measured launch shapes by device name."""
+    if not path.is_file():
+        return {}
+    entries: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: Tuning(
+            stats=TileConfig(*entry["stats"]),
+            gradient=TileConfig(*entry["gradient"]),
+            fused=TileConfig(*entry["fused"]),
+            rows_in_flight=entry["rows_in_flight"],
+            chunk_rows=entry["chunk_rows"],
+        )
+        for name, entry in entries.items()
+    }
+
+
+def save(path: Path, device_name: str, tuning: Tuning) -> None:
+    """Write one device's launch shapes into the table and leave those of the others as they are."""
+    entries = {name: asdict(entry) for name, entry in load_table.__wrapped__(path).items()}
+    entries[device_name] = asdict(tuning)
+    path.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    load_table.cache_clear()
+
+
+def choose_tile(tile: TileConfig, vocabulary: int) -> TileConfig:
+    """The tile, cut to a vocabulary that is smaller, or whose rows are not aligned and take more address registers."""
+    block_v = min(tile.block_v, 1 << max(vocabulary - 1, 0).bit_length(), tile.block_v if vocabulary % 8 == 0 else 2048)
+    num_warps = max(1, min(tile.num_warps, block_v // 256))
+    return tile if block_v == tile.block_v else TileConfig(block_v, num_warps, tile.num_stages)
+
+
+def choose_splits(rows: int, vocabulary: int, tile: TileConfig, device: torch.device) -> int:
+    """Programs for each row: more than one when rows alone would leave multiprocessors idle."""
+    if device.type != "cuda":
+        return 1
+    tiles = -(-vocabulary // tile.block_v)
+    wanted = -(-2 * count_multiprocessors(device) // max(rows, 1))
+    return max(1, min(wanted, tiles // 2, 32))
+
+
+def choose_chunk_rows(
+    rows: int, hidden: int, columns: int, logits_bytes: int, operand_bytes: int, trains_head: bool, device: torch.device
+) -> int:
+    """Rows of a chunk: as many full waves of the product that goes back to the hidden states as memory allows."""
+    in_place = logits_bytes == operand_bytes
+    row_bytes = columns * (2 * logits_bytes + (0 if in_place else operand_bytes))
+    if device.type != "cuda":
+        return max(1, min(rows, max(16, CPU_CHUNK_BYTES // row_bytes)))
+    measured = get_tuning(device).chunk_rows.get(f"{hidden}+dW" if trains_head else str(hidden))
+    most = max(128, CHUNK_BYTES // row_bytes // 128 * 128)
+    if measured is not None:
+        return max(1, min(rows, measured, most))
+    if rows <= most and rows <= 1024:
+        return max(1, rows)
+    processors = count_multiprocessors(device)
+
+    def fill(height: int) -> float:
+        tiles = -(-height // 128) * -(-hidden // 256)
+        waves = -(-tiles // processors)
+        return tiles / (waves * processors)
+
+    heights = range(512, max(most, 512) + 1, 128)
+    best = max(fill(height) for height in heights)
+    # Among heights that fill the device about as well the largest: each chunk reads both heads once more.
+    return min(rows, max(height for height in heights if fill(height) >= best - 0.03))
+
+
+@functools.cache
+def count_multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,1 @@
+../../../kernels/algebra_triton.py

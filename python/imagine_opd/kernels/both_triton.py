@@ -1,0 +1,1 @@
+../../../kernels/both_triton.py

@@ -1,0 +1,1 @@
+../../../kernels/gradient_triton.py

@@ -1,0 +1,1 @@
+../../../kernels/launches_triton.py

@@ -1,0 +1,1 @@
+../../../kernels/merge_triton.py

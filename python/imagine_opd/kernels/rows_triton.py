@@ -1,0 +1,1 @@
+../../../kernels/rows_triton.py

@@ -1,0 +1,1 @@
+../../../kernels/second_look_triton.py

@@ -1,1 +1,0 @@
-../../../kernels/token_stats_triton.py
