@@ -1,76 +1,117 @@
-"""token_stats against plain torch, forward and backward: the same answer is asserted first, then both are timed.
+"""Logits in memory: `token_stats` against plain PyTorch and packaged kernels, by case and shape.
 
-Off the GPU only the ratio means anything; it is in `extra_info` of the row named `ours`.
+The cases: statistics alone; with the gradient of the mean KL in two launches, and in one; the same on fp32 logits; and
+the policy gradient of sampled tokens, which reads no teacher.
 """
 
 # N kept tokens, V vocabulary
 
-import statistics
-import time
-from collections.abc import Callable
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from imagine_opd.kernels import token_stats
+from benches.cases import Case, Runner
+from benches.formula import compute_policy_loss
+from benches.peers import LOGITS_KL_PEERS, LOGITS_POLICY_PEERS, LOGITS_STATS_PEERS
+from benches.problems import Answer, LogitsProblem, make_logits_problem, solve_logits
+from benches.shapes import DTYPES, LOGITS_SHAPES, LogitsShape, choose_size, name_dtype
+from benches.table import OURS, Work
+from imagine_opd.kernels import BackendName, RowWeights, TokenStats, token_stats
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(480, 59), (64, 32000)] + ([(4096, 151936)] if DEVICE == "cuda" else [])
-DTYPES = [torch.float32, torch.bfloat16]
-Outputs = tuple[Tensor, Tensor, Tensor]
+# Peers warn as they please; ours runs under warnings as errors in tests/.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
-
-def run_ours(student_NV: Tensor, teacher_NV: Tensor, token_ids_N: Tensor) -> Outputs:
-    stats = token_stats(student_NV, teacher_NV, token_ids_N)
-    return stats.student_logprob_N, stats.reverse_kl_N, stats.entropy_N
-
-
-def run_torch(student_NV: Tensor, teacher_NV: Tensor, token_ids_N: Tensor) -> Outputs:
-    """What a trainer writes without a kernel, in fp32 as ours is."""
-    logp_NV, logq_NV = F.log_softmax(student_NV.float(), dim=-1), F.log_softmax(teacher_NV.float(), dim=-1)
-    # F.kl_div(input, target) is KL(target || input): student second gives KL(student || teacher)
-    kl_N = F.kl_div(logq_NV, logp_NV, reduction="none", log_target=True).sum(-1)
-    return logp_NV.gather(1, token_ids_N[:, None]).squeeze(1), kl_N, -(logp_NV.exp() * logp_NV).sum(-1)
+TARGETS_MS = {("stats + gradient", 8192): 3.2, ("fused", 8192): 2.4}
+"""On an H200 with V = 151,936, bf16."""
 
 
-def step(run: Callable[..., Outputs], student_NV: Tensor, teacher_NV: Tensor, token_ids_N: Tensor) -> list[Tensor]:
-    """Forward and backward of the full-KL loss with every statistic at hand, as a training step needs them."""
-    student_NV.grad = None
-    outputs = run(student_NV, teacher_NV, token_ids_N)
-    outputs[1].mean().backward()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return [output.detach() for output in outputs] + [student_NV.grad]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize("shape", LOGITS_SHAPES[choose_size(metafunc.config)], ids=str)
 
 
-def measure_ratio(arguments: tuple[Tensor, Tensor, Tensor], rounds: int) -> float:
-    """Median seconds of torch over those of ours, taken in turns, so that a busy machine slows both."""
-    seconds: dict[Callable[..., Outputs], list[float]] = {run_torch: [], run_ours: []}
-    for _ in range(rounds):
-        for run, taken in seconds.items():
-            start = time.perf_counter()
-            step(run, *arguments)
-            taken.append(time.perf_counter() - start)
-    return statistics.median(seconds[run_torch]) / statistics.median(seconds[run_ours])
+def collect(stats: TokenStats, with_teacher: bool = True) -> Answer:
+    answer = {"logprob": stats.student_logprob_N, "entropy": stats.entropy_N}
+    return answer | {"kl": stats.reverse_kl_N} if with_teacher else answer
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("rows", "vocabulary"), SHAPES)
-@pytest.mark.parametrize("name", ["ours", "torch"])
-def test_forward_and_backward(benchmark, name: str, rows: int, vocabulary: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    student_NV = torch.randn(rows, vocabulary, device=DEVICE).to(dtype).requires_grad_()
-    teacher_NV = torch.randn(rows, vocabulary, device=DEVICE).to(dtype)
-    arguments = (student_NV, teacher_NV, torch.randint(0, vocabulary, (rows,), device=DEVICE))
+def compute_stats(problem: LogitsProblem, backend: BackendName = "auto") -> Answer:
+    with torch.no_grad():
+        return collect(token_stats(problem.student_NV, problem.teacher_NV, problem.token_ids_N, backend=backend))
 
-    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
-    for value, expected in zip(step(run_ours, *arguments), step(run_torch, *arguments), strict=True):
-        torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
-    benchmark.extra_info.update(device=DEVICE, torch=torch.__version__, threads=torch.get_num_threads())
-    if name == "ours":
-        rounds = 101 if rows * vocabulary < 1e5 else 9
-        benchmark.extra_info["times_faster_than_torch"] = round(measure_ratio(arguments, rounds), 2)
-    benchmark(step, run_ours if name == "ours" else run_torch, *arguments)
+def compute_gradient(problem: LogitsProblem, backend: BackendName = "auto") -> Answer:
+    stats = token_stats(problem.student_NV, problem.teacher_NV, problem.token_ids_N, backend=backend)
+    (grad_NV,) = torch.autograd.grad(stats.reverse_kl_N.mean(), problem.student_NV)
+    return collect(stats) | {"grad": grad_NV}
+
+
+def compute_fused(problem: LogitsProblem, weight_N: Tensor, backend: BackendName = "auto") -> Answer:
+    stats = token_stats(
+        problem.student_NV,
+        problem.teacher_NV,
+        problem.token_ids_N,
+        weights=RowWeights(reverse_kl_N=weight_N),
+        backend=backend,
+    )
+    assert stats.loss is not None
+    (grad_NV,) = torch.autograd.grad(stats.loss, problem.student_NV)
+    return collect(stats) | {"loss": stats.loss, "grad": grad_NV}
+
+
+def compute_policy(problem: LogitsProblem) -> Answer:
+    stats = token_stats(problem.student_NV, None, problem.token_ids_N)
+    loss = compute_policy_loss(stats.student_logprob_N, problem.old_logprob_N, problem.advantage_N).mean()
+    return collect(stats, with_teacher=False) | {"grad": torch.autograd.grad(loss, problem.student_NV)[0]}
+
+
+def make_case(name: str, problem: LogitsProblem, shape: LogitsShape, **options: Any) -> Case:
+    dtype = problem.student_NV.dtype
+    passes = {"stats": 2, "log-prob + gradient": 2}.get(name, 3)  # each of student, teacher and gradient once
+    is_target = dtype == torch.bfloat16
+    return Case(
+        kernel="token_stats",
+        name=name,
+        shape=f"{shape} {name_dtype(dtype)}",
+        dtype=dtype,
+        work=Work(bytes_moved=passes * problem.student_NV.nbytes),
+        target_ms=TARGETS_MS.get((name, shape.rows)) if is_target else None,
+        **options,
+    )
+
+
+def test_stats(benchmark: Any, runner: Runner, shape: LogitsShape, request: pytest.FixtureRequest) -> None:
+    problem = make_logits_problem(*shape, DTYPES[choose_size(request.config)], runner.device)
+    ours = {OURS: partial(compute_stats, problem)}
+    case = make_case("stats", problem, shape, ours=ours, solve=partial(solve_logits, problem, True))
+    runner.run(benchmark, case, LOGITS_STATS_PEERS, problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_dtype)
+def test_stats_and_gradient(benchmark: Any, runner: Runner, shape: LogitsShape, dtype: torch.dtype) -> None:
+    problem = make_logits_problem(*shape, dtype, runner.device)
+    ours = {OURS: partial(compute_gradient, problem)}
+    case = make_case("stats + gradient", problem, shape, ours=ours, solve=partial(solve_logits, problem, True))
+    runner.run(benchmark, case, LOGITS_KL_PEERS, problem)
+
+
+def test_fused(benchmark: Any, runner: Runner, shape: LogitsShape, request: pytest.FixtureRequest) -> None:
+    problem = make_logits_problem(*shape, DTYPES[choose_size(request.config)], runner.device)
+    weight_N = torch.full_like(problem.old_logprob_N, 1 / shape.rows)
+    ours = {
+        OURS: partial(compute_fused, problem, weight_N),
+        "ours, two launches": partial(compute_gradient, problem),
+    }
+    case = make_case("fused", problem, shape, ours=ours, solve=partial(solve_logits, problem, True))
+    runner.run(benchmark, case, LOGITS_KL_PEERS, problem)
+
+
+def test_log_prob(benchmark: Any, runner: Runner, shape: LogitsShape, request: pytest.FixtureRequest) -> None:
+    problem = make_logits_problem(*shape, DTYPES[choose_size(request.config)], runner.device)
+    ours = {OURS: partial(compute_policy, problem)}
+    case = make_case("log-prob + gradient", problem, shape, ours=ours, solve=partial(solve_logits, problem, False))
+    runner.run(benchmark, case, LOGITS_POLICY_PEERS, problem)

@@ -1,0 +1,1 @@
+"""Benches of kernels and views against their peers; `docs/benchmarks.md` says how to run and read them."""

@@ -1,0 +1,126 @@
+"""The profile table: one row per implementation, shape and case, and the arithmetic of its columns.
+
+`work` is the least that any implementation must do: each input read once and each output written once (bytes), or the
+matrix products that cannot be avoided (operations). Rates are this work over the time, so reading twice or computing
+twice lowers the rate, and a rate at the ceiling is the end of the road.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the table itself needs no torch
+    from benches.ceilings import Ceilings
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least a case must do; one of the two is 0."""
+
+    bytes_moved: float = 0.0
+    operations: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; None where a figure does not apply or was not measured."""
+
+    kernel: str
+    case: str
+    shape: str
+    implementation: str
+    median_ms: float
+    spread_ms: float
+    rounds: int
+    rate: float
+    rate_unit: str
+    ceiling_fraction: float | None = None
+    peak_mib: float | None = None
+    extra_mib: float | None = None
+    times_ours: float = 1.0
+    """This implementation's time over that of ours: above 1, ours is that many times faster."""
+    error: float | None = None
+    """|values - truth| / |truth|, the worst over what the step returns."""
+    target_ms: float | None = None
+
+
+def compute_rate(work: Work, median_ms: float) -> tuple[float, str]:
+    """(GB/s, its unit) where bytes count, (TFLOP/s, its unit) where operations do."""
+    if work.operations:
+        return work.operations / (median_ms * 1e-3) / 1e12, "TFLOP/s"
+    return work.bytes_moved / (median_ms * 1e-3) / 1e9, "GB/s"
+
+
+def compute_fraction(rate: float, unit: str, ceilings: Ceilings | None) -> float | None:
+    """The rate as a fraction of the measured ceiling in the same unit."""
+    if ceilings is None:
+        return None
+    return rate / (ceilings.gemm_tflop_per_s if unit == "TFLOP/s" else ceilings.copy_gb_per_s)
+
+
+def compute_ratio(peer_ms: float, ours_ms: float) -> float:
+    """How many times faster ours is: 2.0 means that the peer takes twice as long."""
+    return peer_ms / ours_ms
+
+
+HEADINGS = (
+    "kernel",
+    "shape",
+    "implementation",
+    "ms",
+    "rate",
+    "of ceiling",
+    "peak MiB",
+    "extra MiB",
+    "ours is × faster",
+    "target ms",
+)
+
+
+def format_figure(value: float) -> str:
+    """Three significant digits, never an exponent where a person would write none."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def format_row(row: Row) -> tuple[str, ...]:
+    """The cells of a row, under `HEADINGS`."""
+    return (
+        f"{row.kernel}: {row.case}",
+        row.shape,
+        row.implementation,
+        f"{format_figure(row.median_ms)} ± {format_figure(row.spread_ms / 2)}",
+        f"{format_figure(row.rate)} {row.rate_unit}",
+        "–" if row.ceiling_fraction is None else f"{row.ceiling_fraction:.0%}",
+        "–" if row.peak_mib is None else f"{row.peak_mib:,.0f}",
+        "–" if row.extra_mib is None else f"{row.extra_mib:,.0f}",
+        "–" if row.implementation == OURS else f"{row.times_ours:.2f}",
+        "–" if row.target_ms is None else f"{row.target_ms:g}",
+    )
+
+
+def render_text(rows: Iterable[Row]) -> str:
+    """The table for a terminal, columns aligned; the first three to the left, figures to the right."""
+    lines = [HEADINGS, *map(format_row, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 3 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def render_markdown(rows: Iterable[Row]) -> str:
+    """The same table for a page."""
+    rule = [":--"] * 3 + ["--:"] * (len(HEADINGS) - 3)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [HEADINGS, rule, *map(format_row, rows)])
+
+
+def render_left_out(left_out: Iterable[tuple[str, str]]) -> str:
+    """The implementations that were not timed, one line for each and its reason."""
+    return "\n".join(f"left out: {name}: {reason}" for name, reason in dict.fromkeys(left_out))

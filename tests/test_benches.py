@@ -1,0 +1,253 @@
+"""The benches: the table's arithmetic by hand, peers' answers against the truth, and both commands end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benches import peers, problems, shapes
+from benches.cases import Case, compare, make_rows
+from benches.ceilings import Ceilings
+from benches.environment import name_file
+from benches.gpu_suite import read_tests
+from benches.measure import Timing, summarize, time_in_turns
+from benches.packages import SetupError, find_wheel
+from benches.table import (
+    OURS,
+    Row,
+    Work,
+    compute_fraction,
+    compute_rate,
+    compute_ratio,
+    format_figure,
+    render_left_out,
+    render_markdown,
+    render_text,
+)
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(copy_gb_per_s=4000.0, gemm_tflop_per_s=800.0)
+
+
+@pytest.mark.parametrize(
+    ("work", "median_ms", "rate", "unit", "fraction"),
+    [
+        # 6 GB in 2 ms are 3000 GB/s, three quarters of 4000
+        (Work(bytes_moved=6e9), 2.0, 3000.0, "GB/s", 0.75),
+        # 3 products of 2 * 1000 * 1000 * 1000 operations in 0.01 ms are 600 TFLOP/s, three quarters of 800
+        (Work(operations=3 * 2e9), 0.01, 600.0, "TFLOP/s", 0.75),
+        # u = 8192 * 151,936 * 2 bytes = 2.489 GB; 3u at 3.2 ms
+        (Work(bytes_moved=3 * 8192 * 151_936 * 2), 3.2, 2333.7, "GB/s", 0.5834),
+    ],
+)
+def test_rates_are_work_over_time_and_fractions_of_the_ceiling_in_the_same_unit(work, median_ms, rate, unit, fraction):
+    value, found_unit = compute_rate(work, median_ms)
+    assert value == pytest.approx(rate, rel=1e-4)
+    assert found_unit == unit
+    assert compute_fraction(value, unit, CEILINGS) == pytest.approx(fraction, rel=1e-4)
+    assert compute_fraction(value, unit, None) is None
+
+
+@pytest.mark.parametrize(("peer_ms", "ours_ms", "ratio"), [(4.0, 2.0, 2.0), (1.0, 4.0, 0.25), (3.0, 3.0, 1.0)])
+def test_a_ratio_above_one_means_that_ours_is_faster(peer_ms, ours_ms, ratio):
+    assert compute_ratio(peer_ms, ours_ms) == ratio
+
+
+def make_case(**options) -> Case:
+    return Case("linear", "KL", "N=1", torch.float32, Work(operations=8e9), {}, dict, **options)
+
+
+def test_rows_of_a_case_hold_ratios_to_ours_and_the_target_beside_ours_alone():
+    timings = {OURS: Timing(2.0, 0.2, 5), "torch": Timing(5.0, 0.1, 5)}
+    none = dict.fromkeys(timings)
+    ours, torch_row = make_rows(make_case(target_ms=3.0), timings, none, {OURS: 1e-6, "torch": 2e-6}, CEILINGS)
+    assert (ours.times_ours, ours.target_ms, ours.rate, ours.ceiling_fraction) == (1.0, 3.0, 4.0, 0.005)
+    assert (torch_row.times_ours, torch_row.target_ms, torch_row.rate) == (2.5, None, 1.6)
+    assert (torch_row.error, torch_row.peak_mib) == (2e-6, None)
+
+
+def test_table_aligns_columns_and_shows_a_dash_where_there_is_no_figure():
+    rows = [
+        Row("k", "c", "N=8", OURS, 3.14159, 0.2, 9, 2333.7, "GB/s", 0.5834, 7123.4, 12.0, target_ms=3.2),
+        Row("k", "c", "N=8", "torch", 31.4159, 0.2, 9, 233.37, "GB/s", times_ours=10.0),
+    ]
+    heading, ours, peer = render_text(rows).splitlines()
+    assert re.split(r"  +", ours) == [
+        "k: c", "N=8", "ours", "3.14 ± 0.1", "2,334 GB/s", "58%", "7,123", "12", "–", "3.2",
+    ]  # fmt: skip
+    assert re.split(r"  +", peer) == ["k: c", "N=8", "torch", "31.4 ± 0.1", "233 GB/s", "–", "–", "–", "10.00", "–"]
+    assert len(heading) == len(ours)
+    assert render_markdown(rows).splitlines()[2].startswith("| k: c | N=8 | ours | 3.14 ± 0.1 |")
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.01234, "0.0123"), (12.34, "12.3"), (999.4, "999"), (54321.0, "54,321")])
+def test_figures_have_three_digits_and_no_exponent(value, text):
+    assert format_figure(value) == text
+
+
+def test_the_same_absence_is_told_once():
+    pair = ("trl", "cannot be imported")
+    assert render_left_out([pair, pair]) == "left out: trl: cannot be imported"
+
+
+def test_times_are_summarized_by_median_and_quartiles():
+    assert summarize([1.0, 2.0, 3.0, 4.0, 100.0]) == Timing(3.0, 2.0, 5)
+    assert summarize([7.0]) == Timing(7.0, 0.0, 1)
+
+
+def test_steps_take_turns_and_every_other_round_runs_backwards():
+    calls: list[str] = []
+    steps = {name: lambda name=name: calls.append(name) or {} for name in "ab"}
+    timings = time_in_turns(steps, CPU, seconds=0.0, rounds=(2, 2))
+    assert calls == ["a", "b", "a", "b", "b", "a"]  # the first pair warms up
+    assert {name: timing.rounds for name, timing in timings.items()} == {"a": 2, "b": 2}
+
+
+def test_truth_matches_a_three_token_case_by_hand():
+    """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): KL(p||q) = 1/2 ln 2 + 0 - 1/4 ln 2 = 1/4 ln 2; H(p) = 3/2 ln 2."""
+    ln2 = torch.log(torch.tensor(2.0)).item()
+    student_NV = torch.tensor([[0.5, 0.25, 0.25]]).log().requires_grad_()
+    ids_N, old_N, advantage_N = torch.tensor([1]), torch.tensor([-ln2]), torch.tensor([3.0])
+    teacher_NV = torch.tensor([[0.25, 0.25, 0.5]]).log()
+    problem = problems.LogitsProblem(student_NV, teacher_NV, ids_N, old_N, advantage_N)
+    truth = problems.solve_logits(problem, uses_teacher=True)
+    assert truth["kl"].tolist() == pytest.approx([ln2 / 4])
+    assert truth["entropy"].tolist() == pytest.approx([1.5 * ln2])
+    # dKL/ds = p (log p - log q - KL) = (1/2 * 3/4, 1/4 * -1/4, 1/4 * -5/4) ln 2
+    assert truth["grad"].tolist()[0] == pytest.approx([3 / 8 * ln2, -1 / 16 * ln2, -5 / 16 * ln2])
+    # ratio = (1/4) / (1/2): loss = -3/2, gradient = -3/2 (onehot - p)
+    policy = problems.solve_logits(problem, uses_teacher=False)
+    assert policy["loss"].item() == pytest.approx(-1.5)
+    assert policy["grad"].tolist()[0] == pytest.approx([0.75, -1.125, 0.375])
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_truth_does_not_depend_on_the_blocks_it_is_made_in(trains_head, monkeypatch):
+    problem = problems.make_linear_problem(7, 103, 8, torch.float32, CPU, trains_head)
+    whole = problems.solve_linear(problem, uses_teacher=True)
+    monkeypatch.setattr(problems, "BLOCK_ELEMENTS", 2 * 103)
+    blocks = problems.solve_linear(problem, uses_teacher=True)
+    assert ("grad_weight" in whole) == trains_head
+    for name, value in whole.items():
+        torch.testing.assert_close(blocks[name], value)
+
+
+LISTS = {
+    "logits stats": (peers.LOGITS_STATS_PEERS, True),
+    "logits kl": (peers.LOGITS_KL_PEERS, True),
+    "logits policy": (peers.LOGITS_POLICY_PEERS, False),
+    "linear kl": (peers.LINEAR_KL_PEERS, True),
+    "linear policy": (peers.LINEAR_POLICY_PEERS, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("trains_head", [False, True])
+@pytest.mark.parametrize("name", LISTS)
+def test_peers_that_are_here_give_the_true_answer(name, trains_head):
+    """Pins each peer's convention: direction of the KL, reduction, temperature. Absent packages are skipped."""
+    group, uses_teacher = LISTS[name]
+    if name.startswith("logits"):
+        problem = problems.make_logits_problem(6, 301, torch.float32, CPU)
+        truth = problems.solve_logits(problem, uses_teacher)
+    else:
+        problem = problems.make_linear_problem(6, 301, 16, torch.float32, CPU, trains_head)
+        truth = problems.solve_linear(problem, uses_teacher)
+    for peer in group:
+        if peer.needs_gpu or "compile" in peer.name:
+            continue
+        try:
+            step = peer.make(problem)
+        except ImportError:
+            continue
+        assert compare(step, truth) < 1e-4, peer.name
+
+
+def test_a_wrong_answer_and_a_nan_are_errors():
+    truth = {"kl": torch.tensor([3.0, 4.0])}
+    assert compare(lambda: {"kl": torch.tensor([3.0, 4.5])}, truth) == pytest.approx(0.1)
+    assert not compare(lambda: {"kl": torch.tensor([3.0, torch.nan])}, truth) <= 1e9
+
+
+def test_device_names_become_file_names():
+    assert name_file("NVIDIA H100 80GB HBM3") == "NVIDIA_H100_80GB_HBM3"
+
+
+def test_newest_wheel_is_taken_and_its_absence_says_what_to_run(tmp_path):
+    with pytest.raises(SetupError, match="maturin build"):
+        find_wheel(tmp_path)
+    for age, version in enumerate(("0.2.0", "0.1.0")):
+        path = tmp_path / f"imagine_opd-{version}-cp310-abi3-linux_x86_64.whl"
+        path.touch()
+        os.utime(path, (1000 - age, 1000 - age))
+    assert find_wheel(tmp_path).name.startswith("imagine_opd-0.2.0")
+
+
+def test_junit_report_is_counted_and_failures_named(tmp_path):
+    path = tmp_path / "tests.xml"
+    assert read_tests(path) is None
+    path.write_text(
+        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1">'
+        '<testcase classname="a" name="x"/><testcase classname="a" name="y"><failure/></testcase>'
+        '<testcase classname="a" name="z"><skipped/></testcase></testsuite></testsuites>'
+    )
+    assert read_tests(path) == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1, "failed": ["a::y"]}
+
+
+def test_targets_are_at_the_shapes_that_are_run():
+    from benches.bench_linear_token_stats import TARGETS_MS as LINEAR
+    from benches.bench_token_stats import TARGETS_MS as LOGITS
+
+    assert {rows for _, rows in LOGITS} <= {shape.rows for shape in shapes.LOGITS_SHAPES["target"]}
+    assert {size for _, *size in map(list, LINEAR) for size in [tuple(size)]} <= {
+        (shape.rows, shape.hidden) for shape in shapes.LINEAR_SHAPES["target"]
+    }
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_benchmark_option_prints_the_table_and_writes_json(tmp_path):
+    path = tmp_path / "benches.json"
+    options = ["--bench-shapes", "tiny", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
+    done = run("-m", "pytest", "--benchmark", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no CUDA device: PyTorch twins at small shapes" in done.stdout
+    assert re.search(r"^token_stats: fused +N=8 V=1003 fp32 +torch +.*GB/s", done.stdout, re.MULTILINE)
+    assert re.search(r"^linear_token_stats: KL, trained head +N=8 V=1003 D=16 fp32 +ours ", done.stdout, re.MULTILINE)
+    assert "tests/" not in done.stdout.split("collected")[1]
+    found = json.loads(path.read_text())["benchmarks"]
+    extra = next(bench["extra_info"] for bench in found if bench["name"].startswith("test_fused"))
+    assert extra["rows"][0]["implementation"] == OURS
+    assert extra["times_faster"]["torch"] == pytest.approx(extra["rows"][2]["times_ours"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_gpu_suite_runs_every_stage_without_a_gpu(tmp_path):
+    table = ROOT / "kernels/tuning.json"
+    before = table.read_bytes()
+    done = run("benches/gpu_suite.py", "--cpu", "--output", str(tmp_path), "--commit", "abc")
+    assert done.returncode == 0, done.stdout + (tmp_path / "suite.log").read_text()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"summary.md", "benches.json", "sweep.json", "tuning.json", "tests.log", "suite.log"}
+    assert len(names) <= 8
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+    (device,) = names - {"summary.md", "benches.json", "sweep.json", "tuning.json", "tests.log", "suite.log"}
+    kept = json.loads((tmp_path / device).read_text())
+    assert [stage["outcome"] for stage in kept["stages"]] == ["passed"] * 5
+    assert kept["commit"] == "abc"
+    assert {row["kernel"] for row in kept["rows"]} == {"token_stats", "linear_token_stats"}
+    assert kept["ceilings"]["copy_gb_per_s"] > 0
+    assert "| token_stats: fused |" in (tmp_path / "summary.md").read_text()
+    assert table.read_bytes() == before, "a run without a GPU must not touch the tuning table"
