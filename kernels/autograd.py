@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from imagine_opd.kernels.backends import load_backend
 from imagine_opd.kernels.types import (
@@ -100,12 +99,12 @@ def _differentiate(ctx: Any, grad_table: Tensor) -> tuple[Tensor | None, ...]:
     return _gradient_op(*arguments), None, None, None, None, None
 
 
-def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("token_stats can be differentiated once: its gradient has no derivative of its own")
+def raise_on_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("these statistics can be differentiated once: their gradient has no derivative of its own")
 
 
 _token_stats_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
-_gradient_op.register_autograd(_refuse_second_derivative)
+_gradient_op.register_autograd(raise_on_second_derivative)
 
 
 class _InPlaceTokenStats(torch.autograd.Function):
@@ -118,13 +117,14 @@ class _InPlaceTokenStats(torch.autograd.Function):
         return table
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_table: Tensor) -> tuple[Tensor | None, ...]:
         student_NV, teacher_NV, ids_N, mask_N, table = ctx.saved_tensors
-        weights_5N = mask_weights(grad_table[:WEIGHT_ROWS], mask_N)
-        # As a mutation that autograd knows of: whoever still needs the logits gets an error, not a gradient.
-        _gradient_op_(student_NV, teacher_NV, ids_N, table, weights_5N, ctx.spec, ctx.backend)
-        return student_NV, None, None, None, None, None
+        with torch.no_grad():
+            weights_5N = mask_weights(grad_table[:WEIGHT_ROWS], mask_N)
+            # As a mutation that autograd knows of: whoever still needs the logits gets an error, not a gradient.
+            _gradient_op_(student_NV, teacher_NV, ids_N, table, weights_5N, ctx.spec, ctx.backend)
+            gradient_NV = student_NV.detach()
+        return refuse_second_derivative(gradient_NV), None, None, None, None, None
 
 
 def mask_weights(weights_5N: Tensor, mask_N: Tensor | None) -> Tensor:
@@ -191,7 +191,6 @@ class _GradientsAtHand(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
@@ -200,11 +199,32 @@ class _GradientsAtHand(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         scale = load_backend(ctx.backend).scale
-        scaled = [
-            None if gradient is None else scale(gradient, grad_loss).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-        return None, None, None, *scaled
+        with torch.no_grad():
+            scaled = [
+                None if gradient is None else scale(gradient, grad_loss).to(dtype)
+                for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            ]
+        return None, None, None, *map(refuse_second_derivative, scaled)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Ties a gradient to an anchor, so that differentiating it again raises, never gives a silent 0."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise_on_second_derivative(ctx)
+
+
+def refuse_second_derivative(gradient: Tensor | None) -> Tensor | None:
+    """The gradient itself, or with `create_graph=True` one that raises when it is differentiated."""
+    if gradient is None or not torch.is_grad_enabled():
+        return gradient
+    tied: Tensor = _NoSecondDerivative.apply(gradient, torch.zeros((), requires_grad=True))
+    return tied
 
 
 def attach_gradients(

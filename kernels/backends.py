@@ -18,6 +18,8 @@ from imagine_opd.kernels.types import BackendName
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# Once, here: torch.compile cannot trace the search.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MODULES = {"triton": "launches_triton", "reference": "reference"}
 
 
@@ -49,7 +51,7 @@ def choose_backend(name: BackendName, tensors: dict[str, torch.Tensor]) -> str:
     fits = all(tensor.dtype in _TRITON_DTYPES for tensor in tensors.values())
     is_cuda = all(tensor.is_cuda for tensor in tensors.values())
     if name == "auto":
-        return "triton" if is_cuda and fits and _has_triton() else "reference"
+        return "triton" if is_cuda and fits and _HAS_TRITON else "reference"
     if name == "reference":
         return "reference"
     if not fits:
@@ -57,15 +59,10 @@ def choose_backend(name: BackendName, tensors: dict[str, torch.Tensor]) -> str:
         raise ConfigError(
             f"{found}: backend 'triton' takes float32, bfloat16 and float16, backend 'reference' takes the others"
         )
-    if not _has_triton():
+    if not _HAS_TRITON:
         raise ConfigError("backend 'triton' needs the triton package; install it or take backend 'reference'")
     # Off the GPU a kernel runs in Triton's interpreter only, which is how the tests check it.
     if not is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         label, tensor = next(iter(tensors.items()))
         raise ConfigError(f"{label} are on {tensor.device}; backend 'triton' needs a CUDA device")
     return "triton"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -39,35 +39,31 @@ def both_kernel(
     inv_temperature,
     teacher_inv_temperature,
     V: tl.constexpr,
+    LOAD_V: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     STUDENT_ADJUST: tl.constexpr,
     TEACHER_ADJUST: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
-    HAS_FORWARD: tl.constexpr,
     HAS_MASK: tl.constexpr,
     SAME_TEMPERATURE: tl.constexpr,
     POLICY: tl.constexpr,
     USES_LOGPROB: tl.constexpr,
     USES_KL: tl.constexpr,
     USES_ENTROPY: tl.constexpr,
-    USES_FORWARD: tl.constexpr,
 ):
     """Statistics and, for weights known in advance, the gradient, while the row's last tiles are still in cache.
 
     Each program takes every so many rows: with fewer rows in flight more of each stays in the second-level cache.
     """
     one = tl.arange(0, 1)
-    first = tl.program_id(0).to(tl.int64)
-    programs = tl.num_programs(0)
-    turns = (N - tl.program_id(0) + programs - 1) // programs
-    for turn in tl.range(0, turns, num_stages=1):
-        row = first + turn * programs
+    row = tl.program_id(0).to(tl.int64)
+    while row < N:
         active = row >= 0
         if HAS_MASK:
             active = tl.load(mask_ptr + row) != 0
-        limit = tl.where(active, V, 0)
+        limit = tl.where(active, LOAD_V, 0)
         row_student_ptr = student_ptr + row * student_stride
         row_teacher_ptr = teacher_ptr + row * teacher_stride
         state = walk_row(
@@ -83,19 +79,20 @@ def both_kernel(
             teacher_softcap,
             inv_temperature,
             teacher_inv_temperature,
+            V,
             TILES,
             BLOCK_V,
             NUM_STAGES,
             STUDENT_ADJUST,
             TEACHER_ADJUST,
             HAS_TEACHER,
-            HAS_FORWARD,
+            False,
             SAME_TEMPERATURE,
         )
         token_id = tl.load(token_ids_ptr + row)
         known = (token_id >= 0) & (token_id < V)
         token_ids = token_id + one
-        here = (token_ids >= 0) & (token_ids < limit)
+        here = (token_ids >= 0) & (token_ids < tl.where(active, V, 0))
         safe_id = tl.where(here, token_ids, 0)
         s_y = load_logits(
             row_student_ptr, safe_id, here, student_bias_ptr, student_scale, student_softcap, STUDENT_ADJUST
@@ -126,7 +123,7 @@ def both_kernel(
             inv_temperature,
             teacher_inv_temperature,
             HAS_TEACHER,
-            HAS_FORWARD,
+            False,
             POLICY,
         )
         weight = weigh_row(
@@ -145,7 +142,7 @@ def both_kernel(
             USES_LOGPROB,
             USES_KL,
             USES_ENTROPY,
-            USES_FORWARD,
+            False,
             False,
         )
         needs_teacher = weight[8]
@@ -154,7 +151,6 @@ def both_kernel(
             row_teacher_ptr,
             out_ptr + row * out_stride,
             0,
-            V,
             V,
             token_id,
             to_scalar(state[0]),
@@ -182,6 +178,8 @@ def both_kernel(
             0.0,
             0.0,
             0.0,
+            V,
+            LOAD_V,
             TILES,
             BLOCK_V,
             NUM_STAGES,
@@ -191,9 +189,10 @@ def both_kernel(
             USES_LOGPROB,
             USES_KL,
             USES_ENTROPY,
-            USES_FORWARD,
+            False,
             False,
         )
+        row += tl.num_programs(0)
 
 
 @triton.jit

@@ -103,6 +103,10 @@ def refuse_bad_row_inputs(
     if row_loss is None and row_inputs:
         raise ConfigError("row_inputs go with row_loss; give one")
     for index, values in enumerate(row_inputs):
+        if not isinstance(values, Tensor):
+            raise ConfigError(f"row_inputs[{index}] is {type(values).__name__}; expected a tensor")
+        if values.device != token_ids_N.device:
+            raise ConfigError(f"row_inputs[{index}] is on {values.device}, token ids on {token_ids_N.device}")
         if values.shape[:1] != token_ids_N.shape:
             raise ConfigError(
                 f"row_inputs[{index}] is {list(values.shape)}; expected {len(token_ids_N)} entries, one for each row"
@@ -125,6 +129,6 @@ def refuse_bad_side(name: str, hidden_ND: Tensor, head: OutputHead, rows: int) -
         )
     if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
         raise ConfigError(f"{name} bias is {list(bias_V.shape)}; expected [{weight_VD.shape[0]}]")
-    for what, tensor in (("hidden states", hidden_ND), ("head", weight_VD)):
-        if not tensor.is_floating_point():
+    for what, tensor in (("hidden states", hidden_ND), ("head", weight_VD), ("bias", bias_V)):
+        if tensor is not None and not tensor.is_floating_point():
             raise ConfigError(f"{name} {what}: {tensor.dtype}; expected a floating-point tensor")

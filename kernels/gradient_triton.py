@@ -7,9 +7,9 @@ walked backwards: those that the first pass read last, still in cache, are read 
 
 import triton
 import triton.language as tl
-from imagine_opd.kernels.second_look_triton import add_logs
 
 from imagine_opd.kernels.algebra_triton import HAS_SCALE, HAS_SOFTCAP, LOG2_E, LOWEST, load_logits, weigh_row
+from imagine_opd.kernels.second_look_triton import add_logs
 
 
 @triton.jit
@@ -19,7 +19,6 @@ def write_gradient(
     out_ptr,
     first,
     out_limit,
-    V,
     token_column,
     student_max,
     log_sum,
@@ -46,6 +45,8 @@ def write_gradient(
     log_beta,
     log_rest,
     rest,
+    V: tl.constexpr,
+    LOAD_V: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -60,8 +61,9 @@ def write_gradient(
 ):
     """The gradient of one row's TILES tiles from column `first`; columns from V to `out_limit` get 0."""
     # A row without any weight reads nothing and writes zeros; one that needs no teacher does not read its.
-    student_limit = tl.where(active, V, 0)
-    teacher_limit = tl.where(active & needs_teacher, V, 0)
+    student_limit = tl.where(active, LOAD_V, 0)
+    teacher_limit = tl.where(active & needs_teacher, LOAD_V, 0)
+    token_limit = tl.where(active, V, 0)
     scale = inv_temperature * LOG2_E
     teacher_scale2 = teacher_inv_temperature * LOG2_E
     for step in tl.range(0, TILES, num_stages=NUM_STAGES):
@@ -105,7 +107,7 @@ def write_gradient(
             g *= 1.0 - capped * capped
         if HAS_SCALE & STUDENT_ADJUST:
             g *= student_scale
-        g = tl.where(mask, g, 0.0)
+        g = tl.where(columns < token_limit, g, 0.0)
         # Written once and not read here again: it should not push out the logits that the next tile needs.
         out = g.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + columns, out, mask=columns < out_limit, eviction_policy="evict_first")
@@ -139,6 +141,7 @@ def gradient_kernel(
     first_column,
     vocabulary,
     V: tl.constexpr,
+    LOAD_V: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -186,7 +189,6 @@ def gradient_kernel(
         out_ptr + row * out_stride,
         tl.program_id(1) * TILES * BLOCK_V,
         out_columns,
-        V,
         token_id - first_column,
         student_max,
         log_sum,
@@ -213,6 +215,8 @@ def gradient_kernel(
         log_beta,
         log_rest,
         rest,
+        V,
+        LOAD_V,
         TILES,
         BLOCK_V,
         NUM_STAGES,

@@ -7,9 +7,9 @@ with fp32 sums, and folds it into the running states. No atomics; parts are merg
 
 import triton
 import triton.language as tl
-from imagine_opd.kernels.merge_triton import store_state
 
 from imagine_opd.kernels.algebra_triton import HAS_BIAS, LOWEST_FLOAT, adjust_logits, update_state
+from imagine_opd.kernels.merge_triton import store_state
 
 
 @triton.jit
@@ -167,5 +167,5 @@ def head_state_kernel(
         ratio *= inv_temperature
         forward_ratio *= inv_temperature
     nats = (state[0], state[1], energy, state[3], state[4], ratio, state[6], forward_ratio, state[8])
-    stride = N.to(tl.int64)
+    stride = tl.cast(N, tl.int64)
     store_state(states_ptr + part * 11 * stride + rows, stride, row_mask, s_y, t_y, nats)

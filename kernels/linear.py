@@ -9,14 +9,14 @@ gradient back to hidden states and head. README.md beside this file says what ea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from imagine_opd.kernels import tuning
 from imagine_opd.kernels.backends import load_backend
 from imagine_opd.kernels.matmul import add_product, multiply, project
 from imagine_opd.kernels.types import TABLE_ROWS, Logits, StatsSpec
@@ -45,6 +45,7 @@ class LinearPlan:
     columns: int
     """Rows of the heads that are projected: the vocabulary, and padding that keeps rows aligned."""
     chunk_rows: int
+    """0: chosen for the rows that are kept."""
     logits_dtype: str
     student_dtype: str
     """Of the student's operands in matrix products."""
@@ -56,14 +57,33 @@ class LinearPlan:
     min_memory: bool = False
 
     def encode(self) -> str:
-        """As text; `decode` gives it back."""
-        return json.dumps(asdict(self))
+        """As text, in a way that torch.compile can trace; `decode` gives it back."""
+        return (
+            f"{self.spec.encode()};{self.backend};{self.vocabulary};{self.columns};{self.chunk_rows};"
+            f"{self.logits_dtype};{self.student_dtype};{self.teacher_dtype};{self.student_scale};{self.student_softcap};"
+            f"{self.teacher_scale};{self.teacher_softcap};{int(self.min_memory)}"
+        )
 
     @staticmethod
     def decode(text: str) -> LinearPlan:
         """What `encode` wrote."""
-        values = json.loads(text)
-        return LinearPlan(**{**values, "spec": StatsSpec(**values["spec"])})
+        words = text.split(";")
+        student_scale, student_softcap, teacher_scale, teacher_softcap = map(float, words[8:12])
+        return LinearPlan(
+            spec=StatsSpec.decode(words[0]),
+            backend=words[1],
+            vocabulary=int(words[2]),
+            columns=int(words[3]),
+            chunk_rows=int(words[4]),
+            logits_dtype=words[5],
+            student_dtype=words[6],
+            teacher_dtype=words[7],
+            student_scale=student_scale,
+            student_softcap=student_softcap,
+            teacher_scale=teacher_scale,
+            teacher_softcap=teacher_softcap,
+            min_memory=words[12] == "1",
+        )
 
 
 class Needs(NamedTuple):
@@ -87,6 +107,7 @@ def make_side(
 ) -> Side:
     """The operands in the dtype of the matrix products."""
     operand_dtype = getattr(torch, dtype)
+    bias_V = None if bias_V is None else bias_V.detach().contiguous()
     return Side(hidden_ND.detach().to(operand_dtype), weight_VD.detach().to(operand_dtype), bias_V, scale, softcap)
 
 
@@ -110,12 +131,13 @@ def run_chunks(
     """
     backend = load_backend(plan.backend)
     rows = len(ids_N)
-    project_chunk = ChunkProjector(student, teacher, plan, min(plan.chunk_rows, rows))
+    height = plan.chunk_rows or choose_height(student, teacher, plan, rows, gradients)
+    project_chunk = ChunkProjector(student, teacher, plan, min(height, rows))
     if table is None:
         out = torch.zeros(TABLE_ROWS, rows, dtype=project_chunk.stats_dtype, device=ids_N.device)
     else:
         out = table
-    for chunk in split_chunks(rows, plan.chunk_rows):
+    for chunk in split_chunks(rows, height):
         student_logits, teacher_logits = project_chunk(chunk)
         if table is None:
             out[:, chunk] = backend.compute_stats(
@@ -127,6 +149,7 @@ def run_chunks(
         if not any(uses):
             continue
         weights_5C, factor = scale_weights(weights_5C, student.hidden_ND.dtype)
+        used_C = (weights_5C != 0).any(0)
         grad_CV = backend.compute_gradient(
             student_logits,
             teacher_logits,
@@ -138,8 +161,21 @@ def run_chunks(
             plan.vocabulary,
             project_chunk.get_gradient_buffer(chunk),
         )
-        add_gradients(gradients, chunk, student, grad_CV, factor, slice(0, plan.columns))
+        # Without the padding: its gradient is 0, but what the head holds there need not be finite.
+        tokens = slice(0, plan.vocabulary)
+        add_gradients(gradients, chunk, student, grad_CV[:, tokens], factor, tokens, used_C)
     return out
+
+
+def choose_height(student: Side, teacher: Side | None, plan: LinearPlan, rows: int, gradients: Gradients | None) -> int:
+    """Rows of a chunk by memory and by how well the products fill the device."""
+    logits_bytes, operand_bytes = getattr(torch, plan.logits_dtype).itemsize, student.hidden_ND.element_size()
+    column_bytes = (1 if teacher is None else 2) * logits_bytes
+    if logits_bytes != operand_bytes:
+        column_bytes += operand_bytes  # the gradient does not fit into the logits' place
+    trains_head = gradients is not None and gradients.weight_VD is not None
+    hidden = student.hidden_ND.shape[1]
+    return tuning.choose_chunk_rows(rows, hidden, plan.columns * column_bytes, trains_head, student.hidden_ND.device)
 
 
 class ChunkProjector:
@@ -153,13 +189,8 @@ class ChunkProjector:
         device = student.hidden_ND.device
         sides = 1 if teacher is None else 2
         self.logits = torch.empty(sides * height, plan.columns, dtype=self.logits_dtype, device=device)
-        operand_dtype = student.hidden_ND.dtype
-        # Each gradient depends on its own logit alone, so it may take that logit's place where the dtype is the same.
-        self.gradient = (
-            None
-            if operand_dtype == self.logits_dtype
-            else torch.empty(height, plan.columns, dtype=operand_dtype, device=device)
-        )
+        self.height = height
+        self.gradient = self.logits if student.hidden_ND.dtype == self.logits_dtype else None
 
     def __call__(self, chunk: slice) -> tuple[Logits, Logits | None]:
         height = chunk.stop - chunk.start
@@ -180,8 +211,12 @@ class ChunkProjector:
         return self._wrap(student, student_CV), self._wrap(teacher, teacher_CV)
 
     def get_gradient_buffer(self, chunk: slice) -> Tensor:
-        """Where the chunk's gradient goes."""
-        return (self.logits if self.gradient is None else self.gradient)[: chunk.stop - chunk.start]
+        """Where the chunk's gradient goes: each depends on its own logit alone, and takes its place if it fits."""
+        if self.gradient is None:
+            self.gradient = torch.empty(
+                self.height, self.columns, dtype=self.student.hidden_ND.dtype, device=self.logits.device
+            )
+        return self.gradient[: chunk.stop - chunk.start]
 
     def _wrap(self, side: Side, values_CV: Tensor) -> Logits:
         return Logits(values_CV, side.bias_V, side.scale, side.softcap)
@@ -196,10 +231,18 @@ def shares_head(student: Side, teacher: Side | None) -> bool:
     return (
         teacher is not None
         and student.weight_VD.is_cuda
-        and student.weight_VD.data_ptr() == teacher.weight_VD.data_ptr()
-        and student.weight_VD.shape == teacher.weight_VD.shape
-        and student.weight_VD.stride() == teacher.weight_VD.stride()
+        and is_same_memory(student.weight_VD, teacher.weight_VD)
         and student.hidden_ND.dtype == teacher.hidden_ND.dtype
+    )
+
+
+def is_same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, detached or not, are the same numbers in memory."""
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
     )
 
 
@@ -235,12 +278,14 @@ def add_gradients(
     grad_CV: Tensor,
     factor: Tensor | None,
     columns: slice,
+    used_C: Tensor,
     *,
     first_part: bool = True,
 ) -> None:
     """Take a block of the logits' gradient back to hidden states, head and bias.
 
-    `columns`: the block's rows of the head. `first_part`: nothing stands in the hidden states' gradient yet.
+    `columns`: the block's rows of the head. `used_C`: rows with a gradient; the hidden states of the others may hold
+    NaN. `first_part`: nothing stands in the hidden states' gradient yet.
     """
     if gradients.hidden_ND is not None:
         weight_VD = student.weight_VD[columns]
@@ -249,7 +294,8 @@ def add_gradients(
         else:
             add_product(gradients.hidden_ND[rows], grad_CV, weight_VD, factor)
     if gradients.weight_VD is not None:
-        add_product(gradients.weight_VD[columns], grad_CV.t(), student.hidden_ND[rows], factor)
+        hidden_CD = torch.where(used_C[:, None], student.hidden_ND[rows], 0.0)  # 0 * NaN would be NaN
+        add_product(gradients.weight_VD[columns], grad_CV.t(), hidden_CD, factor)
     if gradients.bias_V is not None:
         total_V = grad_CV.sum(0, dtype=gradients.bias_V.dtype)
         gradients.bias_V[columns] += total_V if factor is None else total_V * factor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from imagine_opd.errors import ConfigError
-from imagine_opd.kernels.autograd import attach_gradients, mask_weights
+from imagine_opd.kernels.autograd import attach_gradients, mask_weights, raise_on_second_derivative
 from imagine_opd.kernels.linear import (
     Gradients,
     LinearPlan,
@@ -24,6 +24,7 @@ from imagine_opd.kernels.linear import (
     Side,
     Weigh,
     allocate_gradients,
+    is_same_memory,
     make_side,
     run_chunks,
 )
@@ -70,7 +71,7 @@ def run_linear(
         )
         teacher: Side | None = None
         if teacher_hidden_ND is not None and teacher_weight_VD is not None:
-            if teacher_weight_VD is weight_VD and plan.teacher_dtype == plan.student_dtype:
+            if is_same_memory(teacher_weight_VD, weight_VD) and plan.teacher_dtype == plan.student_dtype:
                 teacher_weight_VD = student.weight_VD  # converted once
             teacher = make_side(
                 keep(teacher_hidden_ND),
@@ -243,12 +244,8 @@ def _differentiate(ctx: Any, grad_table: Tensor) -> tuple[Tensor | None, ...]:
     return *(gradient if needed else None for gradient, needed in zip(found, needs, strict=True)), *(None,) * 6
 
 
-def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("linear_token_stats can be differentiated once: its gradient has no derivative of its own")
-
-
 _linear_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
-_linear_gradient_op.register_autograd(_refuse_second_derivative)
+_linear_gradient_op.register_autograd(raise_on_second_derivative)
 
 
 def apply_linear(tensors: Tensors, plan: LinearPlan) -> TokenStats:

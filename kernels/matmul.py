@@ -26,16 +26,16 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     """out = left @ right, in the dtype of `out`."""
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
-    elif left.is_cuda:
+    elif writes_wide(left, out):
         torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
-        out.copy_(left.to(out.dtype) @ right.to(out.dtype))
+        wide = torch.promote_types(left.dtype, out.dtype)  # a narrow result does not narrow the operands
+        out.copy_(left.to(wide) @ right.to(wide))
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, factor: Tensor | None = None) -> None:
     """total += factor * left @ right, added up in the dtype of `total`."""
-    is_wider = left.is_cuda and left.dtype != total.dtype
-    if factor is not None or (is_wider and not can_add_wide(left.dtype)):
+    if factor is not None or (writes_wide(left, total) and not can_add_wide(left.dtype, left.device)):
         for start in range(0, len(left), SLAB_ROWS):
             slab = slice(start, start + SLAB_ROWS)
             part = torch.empty_like(total[slab])
@@ -43,19 +43,25 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, factor: Tensor | Non
             total[slab].add_(part if factor is None else part.mul_(factor))
     elif left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif is_wider:
+    elif writes_wide(left, total):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
+def writes_wide(operand: Tensor, result: Tensor) -> bool:
+    """Whether cuBLAS writes this result of 16-bit operands itself."""
+    is_half = operand.dtype in (torch.bfloat16, torch.float16)
+    return operand.is_cuda and is_half and result.dtype == torch.float32
+
+
 @functools.cache
-def can_add_wide(dtype: torch.dtype) -> bool:
+def can_add_wide(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this release of torch adds products of 16-bit operands to an fp32 total; 2.8 does not."""
-    total = torch.zeros(16, 16, device="cuda")
-    operand = torch.zeros(16, 16, dtype=dtype, device="cuda")
+    total = torch.ones(16, 16, device=device)
+    operand = torch.ones(16, 16, dtype=dtype, device=device)
     try:
         torch.addmm(total, operand, operand, out_dtype=torch.float32, out=total)
     except RuntimeError:
         return False
-    return True
+    return bool((total == 17.0).all())

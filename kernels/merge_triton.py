@@ -45,7 +45,7 @@ def merge_kernel(
     """Partial states [PARTS, 11, N], merged in their order, to the statistics table."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < N
-    stride = N.to(tl.int64)
+    stride = tl.cast(N, tl.int64)  # not N.to: a launch with N = 1 makes it a constant
     zero = tl.zeros([BLOCK_N], tl.float32)
     student_max = zero + LOWEST_FLOAT
     teacher_max = zero + LOWEST_FLOAT
@@ -59,7 +59,7 @@ def merge_kernel(
     forward_ratio = zero
     forward_missing = zero
     for part in tl.range(0, PARTS):
-        ptr = states_ptr + part * 11 * stride + rows
+        ptr = states_ptr + tl.cast(part, tl.int64) * 11 * stride + rows
         part_max = tl.load(ptr, mask=row_mask, other=0.0)
         part_sum = tl.load(ptr + stride, mask=row_mask, other=1.0)
         part_energy = tl.load(ptr + 2 * stride, mask=row_mask, other=0.0)

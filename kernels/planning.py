@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from imagine_opd.errors import ConfigError
-from imagine_opd.kernels import tuning
 from imagine_opd.kernels.backends import choose_backend
 from imagine_opd.kernels.checks import refuse_bad_ids, refuse_bad_side, refuse_other_devices
 from imagine_opd.kernels.linear import LinearPlan
@@ -53,6 +52,9 @@ def plan_linear(
         refuse_bad_side("teacher", teacher_hidden_ND, teacher, rows)
         tensors.update({"teacher hidden states": teacher_hidden_ND, "teacher head": teacher.weight_VD})
         teacher_dtype = choose_operand_dtype(teacher_hidden_ND, teacher.weight_VD)
+    for name, head in (("student bias", student), ("teacher bias", teacher)):
+        if head is not None and head.bias_V is not None:
+            tensors[name] = head.bias_V
     refuse_other_devices(tensors)
     sizes = {head.weight_VD.shape[0] for head in (student, teacher) if head is not None}
     if vocab_size is None and len(sizes) > 1:
@@ -67,23 +69,18 @@ def plan_linear(
 
     wide = torch.promote_types(torch.promote_types(student_dtype, teacher_dtype), torch.float32)
     chosen_dtype = read_logits_dtype(logits_dtype, wide, student_dtype, teacher_dtype, student_hidden_ND.is_cuda)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ConfigError(f"chunk_rows is {chunk_rows}; expected at least 1, or None")
+    if min_memory and chosen_dtype != wide:
+        raise ConfigError(
+            f"logits_dtype is {logits_dtype} with min_memory=True, which keeps no logits: leave one of them out"
+        )
+    if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
+        raise ConfigError(f"chunk_rows is {chunk_rows!r}; expected a whole number of at least 1, or None")
     plan = LinearPlan(
         spec=make_spec(temperature, options),
         backend=choose_backend(backend, {"logits": student_hidden_ND.new_empty(0, dtype=chosen_dtype)}),
         vocabulary=vocabulary,
         columns=columns,
-        chunk_rows=chunk_rows
-        or tuning.choose_chunk_rows(
-            rows,
-            student_hidden_ND.shape[1],
-            columns,
-            chosen_dtype.itemsize,
-            student_dtype.itemsize,
-            student.weight_VD.requires_grad,
-            student_hidden_ND.device,
-        ),
+        chunk_rows=chunk_rows or 0,
         logits_dtype=_name(chosen_dtype),
         student_dtype=_name(student_dtype),
         teacher_dtype=_name(teacher_dtype),
@@ -133,7 +130,7 @@ def gather_shards(tensor: Tensor) -> Tensor:
     mesh = tensor.device_mesh
     whole = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / mesh.size())  # type: ignore[no-untyped-call]
+        whole.register_hook(lambda gradient: gradient.div_(mesh.size()))  # type: ignore[no-untyped-call]
     return whole
 
 

@@ -220,8 +220,9 @@ def finish_second_look(table: Tensor, sums: Tensor, spec: StatsSpec) -> None:
     """Put the sums of `look_again` over whole rows into the table."""
     if spec.exact_kl:
         usual_N = table[Row.REVERSE_KL]
-        # Where no number is right (NaN rows, an infinite KL) the usual form has said so.
-        table[Row.REVERSE_KL] = torch.where(usual_N.isfinite(), sums[0], usual_N)
+        # Where no sum is right (NaN rows, an infinite KL, nothing left to compare) the usual form has said so.
+        is_sum_N = usual_N.isfinite() & sums[0].isfinite()
+        table[Row.REVERSE_KL] = torch.where(is_sum_N, sums[0], usual_N)
     if spec.jsd_beta:
         jsd_N = spec.jsd_beta * sums[1] + (1.0 - spec.jsd_beta) * sums[2]
         table[Row.JSD], table[Row.STUDENT_MIXTURE_KL] = jsd_N.masked_fill(jsd_N < 0, 0.0), sums[2]

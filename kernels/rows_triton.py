@@ -6,9 +6,9 @@ A program walks a row's column tiles once and keeps running sums. No atomics and
 
 import triton
 import triton.language as tl
-from imagine_opd.kernels.merge_triton import store_state
 
 from imagine_opd.kernels.algebra_triton import LOWEST_FLOAT, load_logits, store_stats, update_state
+from imagine_opd.kernels.merge_triton import store_state
 
 
 @triton.jit
@@ -25,6 +25,7 @@ def walk_row(
     teacher_softcap,
     inv_temperature,
     teacher_inv_temperature,
+    V: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -34,7 +35,10 @@ def walk_row(
     HAS_FORWARD: tl.constexpr,
     SAME_TEMPERATURE: tl.constexpr,
 ):
-    """The state, vectors [1], of the columns from `first` up to `limit` of one row; energy and ratios in nats."""
+    """The state, vectors [1], of TILES tiles of one row from column `first`; energy and ratios in nats.
+
+    Columns up to `limit` are read, those up to V count.
+    """
     zero = tl.zeros([1], tl.float32)
     student_max = zero + LOWEST_FLOAT
     teacher_max = zero + LOWEST_FLOAT
@@ -49,13 +53,14 @@ def walk_row(
         columns = first + tile * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
         mask = columns < limit
         s = load_logits(student_ptr, columns, mask, student_bias_ptr, student_scale, student_softcap, STUDENT_ADJUST)
-        s = tl.where(mask, s, -float("inf"))
+        counts = columns < V
+        s = tl.where(counts, s, -float("inf"))
         t = s
         if HAS_TEACHER:
             t = load_logits(
                 teacher_ptr, columns, mask, teacher_bias_ptr, teacher_scale, teacher_softcap, TEACHER_ADJUST
             )
-            t = tl.where(mask, t, -float("inf"))
+            t = tl.where(counts, t, -float("inf"))
         (
             student_max,
             student_sum,
@@ -120,6 +125,7 @@ def stats_kernel(
     inv_temperature,
     teacher_inv_temperature,
     V: tl.constexpr,
+    LOAD_V: tl.constexpr,
     SPLITS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -140,7 +146,7 @@ def stats_kernel(
         active = tl.load(mask_ptr + row) != 0
     # A row left out reads nothing. A branch, not a return: returning early makes large kernels spill.
     first = split * TILES * BLOCK_V
-    limit = tl.where(active, V, 0)
+    limit = tl.where(active, LOAD_V, 0)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
     state = walk_row(
@@ -156,6 +162,7 @@ def stats_kernel(
         teacher_softcap,
         inv_temperature,
         teacher_inv_temperature,
+        V,
         TILES,
         BLOCK_V,
         NUM_STAGES,

@@ -42,6 +42,7 @@ def second_look_kernel(
     log_beta,
     log_rest,
     V: tl.constexpr,
+    LOAD_V: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -68,12 +69,13 @@ def second_look_kernel(
     student_mixture_kl = 0.0
     for tile in tl.range(0, TILES, num_stages=NUM_STAGES):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        mask = columns < V
+        mask = columns < LOAD_V
+        counts = columns < V
         s = load_logits(student_ptr, columns, mask, student_bias_ptr, student_scale, student_softcap, STUDENT_ADJUST)
         t = load_logits(teacher_ptr, columns, mask, teacher_bias_ptr, teacher_scale, teacher_softcap, TEACHER_ADJUST)
-        logp, _ = read_logprob(tl.where(mask, s, -float("inf")), student_max, student_log_sum, inv_temperature)
+        logp, _ = read_logprob(tl.where(counts, s, -float("inf")), student_max, student_log_sum, inv_temperature)
         logq, missing = read_logprob(
-            tl.where(mask, t, -float("inf")), teacher_max, teacher_log_sum, teacher_inv_temperature
+            tl.where(counts, t, -float("inf")), teacher_max, teacher_log_sum, teacher_inv_temperature
         )
         p = tl.exp2(logp * LOG2_E)
         q = tl.exp2(logq * LOG2_E)

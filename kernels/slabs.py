@@ -28,7 +28,7 @@ from imagine_opd.kernels.matmul import project
 from imagine_opd.kernels.types import STATE_ROWS, Logits
 
 SLAB_COLUMNS = 4096
-SLAB_ROWS = 2048
+BLOCK_ROWS = 2048
 """Two fp32 buffers of 32 MiB."""
 
 
@@ -58,7 +58,8 @@ def run_slabs(
     if not any(uses):
         return table
     weights_5N, factor = scale_weights(weights_5N, student.hidden_ND.dtype)
-    gradient = torch.empty(SLAB_ROWS * SLAB_COLUMNS, dtype=student.hidden_ND.dtype, device=ids_N.device)
+    used_N = (weights_5N != 0).any(0)
+    gradient = torch.empty(BLOCK_ROWS * SLAB_COLUMNS, dtype=student.hidden_ND.dtype, device=ids_N.device)
     for rows, slab, student_logits, teacher_logits in project_slabs(student, teacher, plan):
         height, columns = student_logits.values_NV.shape
         grad_RS = backend.compute_gradient(
@@ -74,7 +75,7 @@ def run_slabs(
             slab.start,
             columns,
         )
-        add_gradients(gradients, rows, student, grad_RS, factor, slab, first_part=slab.start == 0)
+        add_gradients(gradients, rows, student, grad_RS, factor, slab, used_N[rows], first_part=slab.start == 0)
     return table
 
 
@@ -84,7 +85,7 @@ def project_slabs(
     """(rows, columns, student's logits, teacher's logits) of each block, in buffers that the next block uses again."""
     dtype = getattr(torch, plan.logits_dtype)
     device = student.hidden_ND.device
-    buffers = [torch.empty(SLAB_ROWS * SLAB_COLUMNS, dtype=dtype, device=device) for _ in range(2)]
+    buffers = [torch.empty(BLOCK_ROWS * SLAB_COLUMNS, dtype=dtype, device=device) for _ in range(2)]
 
     def project_block(side: Side, buffer: Tensor, rows: slice, slab: slice) -> Logits:
         shape = (rows.stop - rows.start, slab.stop - slab.start)
@@ -94,7 +95,7 @@ def project_slabs(
         return Logits(block_RS, bias_S, side.scale, side.softcap)
 
     for slab in split_chunks(plan.vocabulary, SLAB_COLUMNS):
-        for rows in split_chunks(len(student.hidden_ND), SLAB_ROWS):
+        for rows in split_chunks(len(student.hidden_ND), BLOCK_ROWS):
             student_logits = project_block(student, buffers[0], rows, slab)
             teacher_logits = None if teacher is None else project_block(teacher, buffers[1], rows, slab)
             yield rows, slab, student_logits, teacher_logits

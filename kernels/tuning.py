@@ -105,24 +105,33 @@ def choose_splits(rows: int, vocabulary: int, tile: TileConfig, device: torch.de
     if device.type != "cuda":
         return 1
     tiles = -(-vocabulary // tile.block_v)
-    wanted = -(-2 * count_multiprocessors(device) // max(rows, 1))
-    return max(1, min(wanted, tiles // 2, 32))
+    return min(choose_parts(2 * count_multiprocessors(device), rows), 1 << (max(tiles // 2, 1).bit_length() - 1), 32)
 
 
-def choose_chunk_rows(
-    rows: int, hidden: int, columns: int, logits_bytes: int, operand_bytes: int, trains_head: bool, device: torch.device
-) -> int:
-    """Rows of a chunk: as many full waves of the product that goes back to the hidden states as memory allows."""
-    in_place = logits_bytes == operand_bytes
-    row_bytes = columns * (2 * logits_bytes + (0 if in_place else operand_bytes))
+def choose_parts(programs: int, rows: int) -> int:
+    """Parts of each row for so many programs in all: a power of two, since each number is compiled for itself."""
+    return 1 << (-(-programs // max(rows, 1)) - 1).bit_length()
+
+
+def choose_chunk_rows(rows: int, hidden: int, row_bytes: int, trains_head: bool, device: torch.device) -> int:
+    """Rows of a chunk: as many full waves of the product that goes back to the hidden states as memory allows.
+
+    `row_bytes`: what a row takes of all buffers.
+    """
+    if rows == 0:
+        return 1
     if device.type != "cuda":
-        return max(1, min(rows, max(16, CPU_CHUNK_BYTES // row_bytes)))
-    measured = get_tuning(device).chunk_rows.get(f"{hidden}+dW" if trains_head else str(hidden))
+        return min(rows, max(16, CPU_CHUNK_BYTES // row_bytes))
     most = max(128, CHUNK_BYTES // row_bytes // 128 * 128)
-    if measured is not None:
-        return max(1, min(rows, measured, most))
-    if rows <= most and rows <= 1024:
-        return max(1, rows)
+    measured = get_tuning(device).chunk_rows.get(f"{hidden}+dW" if trains_head else str(hidden))
+    height = min(measured, most) if measured is not None else choose_full_waves(hidden, most, device)
+    # Chunks of equal height: a low last one reads the whole heads for a few rows.
+    chunks = -(-rows // height)
+    return min(height, -(-rows // (chunks * 128)) * 128) if chunks > 1 else rows
+
+
+def choose_full_waves(hidden: int, most: int, device: torch.device) -> int:
+    """The height up to `most` whose product with the head, in tiles of 128 x 256, leaves fewest processors idle."""
     processors = count_multiprocessors(device)
 
     def fill(height: int) -> float:
@@ -130,10 +139,10 @@ def choose_chunk_rows(
         waves = -(-tiles // processors)
         return tiles / (waves * processors)
 
-    heights = range(512, max(most, 512) + 1, 128)
+    heights = range(min(512, most), most + 1, 128)
     best = max(fill(height) for height in heights)
     # Among heights that fill the device about as well the largest: each chunk reads both heads once more.
-    return min(rows, max(height for height in heights if fill(height) >= best - 0.03))
+    return max(height for height in heights if fill(height) >= best - 0.03)
 
 
 @functools.cache

@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -135,13 +134,19 @@ class StatsSpec:
     missing: str = "clamp"
 
     def encode(self) -> str:
-        """As text; `decode` gives it back."""
-        return json.dumps(asdict(self))
+        """As text, in a way that torch.compile can trace; `decode` gives it back."""
+        return (
+            f"{self.temperature} {self.teacher_temperature} {int(self.forward_kl)} {self.jsd_beta} "
+            f"{int(self.exact_kl)} {self.missing}"
+        )
 
     @staticmethod
     def decode(text: str) -> StatsSpec:
         """What `encode` wrote."""
-        return StatsSpec(**json.loads(text))
+        temperature, teacher_temperature, forward_kl, jsd_beta, exact_kl, missing = text.split()
+        return StatsSpec(
+            float(temperature), float(teacher_temperature), forward_kl == "1", float(jsd_beta), exact_kl == "1", missing
+        )
 
 
 class Row:
@@ -185,7 +190,7 @@ def make_spec(temperature: float, options: StatsOptions) -> StatsSpec:
 
 def refuse_bad_temperature(name: str, value: float) -> None:
     """Raise `ConfigError` unless the value is a finite number above 0."""
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # in a form that torch.compile can trace
         raise ConfigError(f"{name} is {value}; expected a finite number above 0")
 
 

@@ -198,7 +198,7 @@ class ImagineOPDTrainer(Trainer):
         """Sum of the micro-batch's token losses over the step's token count."""
         if not inputs.prompts:
             return sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad) * 0.0
-        # Autocast here: we call the model's body, which the Trainer's own autocast of `forward` does not reach.
+        # Autocast here: body and head are called, which the Trainer's own autocast of `forward` does not reach.
         with self.accelerator.autocast():
             scores = score(
                 model,
@@ -209,8 +209,8 @@ class ImagineOPDTrainer(Trainer):
                 self.token_ids.pad,
                 self.step_metrics.stage,
             )
-        with self.step_metrics.stage("loss"):
-            result = objective(scores, get_head(model), get_head(self.teacher), self.objective_config)
+            with self.step_metrics.stage("loss"):
+                result = objective(scores, get_head(model), get_head(self.teacher), self.objective_config)
         kept = len(scores.token_ids_N)
         total = kept if num_items_in_batch is None else num_items_in_batch
         loss = result.loss_sum / max(int(total), 1)

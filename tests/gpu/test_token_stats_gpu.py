@@ -45,7 +45,7 @@ def test_twenty_runs_repeat_bit_by_bit() -> None:
         assert all(map(torch.equal, (*values, grad_NV), (*again, grad_again_NV)))
 
 
-def test_rows_beyond_two_to_the_31_elements() -> None:
+def test_rows_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, vocabulary = 14_200, 151_936  # the last rows begin past element 2^31
     tail = make_case(8, vocabulary, BF16, BF16)
     student_NV = torch.zeros(rows, vocabulary, dtype=BF16, device="cuda")
@@ -56,6 +56,7 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     ids_N[-8:] = tail.token_ids_N
     weights_3N = torch.zeros(3, rows, device="cuda")
     weights_3N[:, -8:] = tail.weights_3N
+    monkeypatch.setattr(tuning, "choose_splits", lambda *_: 1)  # as many rows as these are not split, eight would be
     whole = replace(tail, student_NV=student_NV, teacher_NV=teacher_NV, token_ids_N=ids_N, weights_3N=weights_3N)
     (values, grad_NV), (tail_values, tail_grad_NV) = run(whole, "triton"), run(tail, "triton")
     assert all(torch.equal(value[-8:], tail_value) for value, tail_value in zip(values, tail_values, strict=True))
@@ -70,6 +71,24 @@ def test_auto_takes_the_kernels_on_cuda() -> None:
     assert torch.equal(automatic.reverse_kl_N, chosen.reverse_kl_N)
     doubled = token_stats(case.student_NV.double(), case.teacher_NV, case.token_ids_N)
     assert doubled.reverse_kl_N.dtype == torch.float64
+
+
+@pytest.mark.parametrize("vocabulary", [151669, 151936])
+def test_one_row_alone(vocabulary: int) -> None:
+    assert_close_to_fp64(make_case(1, vocabulary, BF16, BF16), "triton")
+
+
+def test_masked_rows_are_zero_and_leak_nothing() -> None:
+    case = make_case(300, 32000, BF16, BF16)
+    mask_N = torch.arange(300, device="cuda") % 3 > 0
+    student_NV = case.student_NV.masked_fill(~mask_N[:, None], float("nan")).requires_grad_()
+    stats = token_stats(student_NV, case.teacher_NV, case.token_ids_N, mask_N=mask_N)
+    stats.reverse_kl_N.sum().backward()
+    alone = token_stats(case.student_NV[mask_N], case.teacher_NV[mask_N], case.token_ids_N[mask_N])
+    assert not stats.reverse_kl_N[~mask_N].any()
+    torch.testing.assert_close(stats.reverse_kl_N[mask_N], alone.reverse_kl_N, atol=1e-6, rtol=1e-6)
+    assert not student_NV.grad[~mask_N].any()
+    assert student_NV.grad[mask_N].isfinite().all()
 
 
 def test_few_rows_are_split_over_programs_and_agree_with_one_program_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +125,7 @@ def test_passes_can_be_captured_in_a_cuda_graph() -> None:
         return grad_NV
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         expected_NV = step()
     torch.cuda.current_stream().wait_stream(stream)

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 
 from imagine_opd.kernels import launches_triton as launches
 from imagine_opd.kernels import tuning
+from imagine_opd.kernels.arguments_triton import COMPILE_OPTIONS
 from imagine_opd.kernels.linear import LinearPlan, Side
 from imagine_opd.kernels.types import STATE_ROWS, TABLE_ROWS, Logits, StatsSpec
 
@@ -64,7 +65,7 @@ class Recorder:
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
         def record(*args: Any, num_warps: int, **kwargs: Any) -> None:
-            options = {name: kwargs.pop(name) for name in launches.COMPILE_OPTIONS}
+            options = {name: kwargs.pop(name) for name in COMPILE_OPTIONS}
             names = list(inspect.signature(self.kernel.fn).parameters)
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
             self.launches_made.append(Launch(self.kernel, Recorder.current, arguments, num_warps, options))
@@ -155,6 +156,37 @@ def list_variants() -> Iterator[tuple[str, Callable[[], object]]]:
             f"{TYPES[dtype]} D={HIDDEN}",
             lambda side=side, plan=plan: launches.compute_head_state(side, side, ids, plan),
         )
+    padded = Logits(empty(ROWS, 151680, dtype=fp32))
+    yield (
+        "fp32 V=151669 padded",
+        lambda: (
+            launches.compute_stats(padded, padded, ids, StatsSpec(jsd_beta=0.5), 151669),
+            launches.compute_gradient(
+                padded, padded, ids, table, weights, standard, StatsSpec(), 151669, empty(ROWS, 151680, dtype=bf16)
+            ),
+        ),
+    )
+    row_ids, row = empty(1, dtype=torch.int64), Logits(empty(1, VOCABULARY, dtype=bf16))
+    yield (
+        "bf16 one row",
+        lambda: (
+            launch_split(row, row_ids),
+            launches.compute_gradient(
+                row, row, row_ids, empty(TABLE_ROWS, 1), empty(5, 1), standard, StatsSpec(), VOCABULARY, row.values_NV
+            ),
+            launches.compute_both(row, row, row_ids, empty(5, 1), kl, StatsSpec(), VOCABULARY, row.values_NV),
+            launches.look_again(row, row, empty(TABLE_ROWS, 1), StatsSpec(exact_kl=True), VOCABULARY),
+        ),
+    )
+    plan = LinearPlan(
+        StatsSpec(forward_kl=True), "triton", VOCABULARY, VOCABULARY, 1, "float32", "bfloat16", "bfloat16"
+    )
+    one, head = empty(1, HIDDEN, dtype=bf16), empty(VOCABULARY, HIDDEN, dtype=bf16)
+    crowded = Side(one, head, empty(VOCABULARY, dtype=bf16), 1.0, 30.0)
+    yield "bf16 one row, crowded", lambda: launches.compute_head_state(crowded, crowded, row_ids, plan)
+    mixed = Side(empty(ROWS, HIDDEN), empty(VOCABULARY, HIDDEN), None, 1.0, 0.0)
+    plain = Side(empty(ROWS, HIDDEN, dtype=bf16), head, None, 1.0, 0.0)
+    yield "bf16 student, fp32 teacher", lambda: launches.compute_head_state(plain, mixed, ids, plan)
     yield "merge", lambda: launches.finish_state(empty(8, STATE_ROWS, ROWS), ids, StatsSpec(), VOCABULARY)
     yield (
         "scale",

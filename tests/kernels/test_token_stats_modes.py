@@ -115,6 +115,22 @@ def test_in_place_is_an_error_where_somebody_still_needs_the_logits(
         (stats.loss if stats.loss is not None else stats.reverse_kl_N.sum()).backward()
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("make", [lambda case: None, make_weights], ids=["two_passes", "weights"])
+def test_second_derivative_raises_in_every_mode(
+    make: Callable[[Case], RowWeights | None], in_place: bool, backend: str
+) -> None:
+    case = make_case(3, 129)
+    leaf_NV = case.student_NV.clone().requires_grad_()
+    stats = token_stats(
+        leaf_NV + 0.0, case.teacher_NV, case.token_ids_N, backend=backend, weights=make(case), in_place=in_place
+    )
+    loss = stats.loss if stats.loss is not None else stats.reverse_kl_N.sum()
+    (grad_NV,) = torch.autograd.grad(loss, leaf_NV, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        (grad_NV.square().sum() + leaf_NV.sum()).backward()
+
+
 # Splitting rows
 
 

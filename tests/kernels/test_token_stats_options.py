@@ -201,6 +201,9 @@ def test_clamp_is_the_default_and_drop_of_everything_is_zero(exact_kl: bool, bac
     assert dropped.reverse_kl_N.tolist() == [0.0, 0.0]
     (grad_NV,) = torch.autograd.grad(dropped.reverse_kl_N.sum(), leaf_NV)
     assert not grad_NV.any()
+    options = StatsOptions(missing="drop", exact_kl=exact_kl)
+    kl_N = token_stats(student_NV, teacher_NV, ids(0, 0), backend=backend, options=options).reverse_kl_N
+    assert kl_N.tolist() == [0.0, 0.0]
 
 
 def test_opposite_one_hot_rows_are_finite_in_every_statistic(backend: str) -> None:

@@ -112,8 +112,8 @@ def linear_token_stats(
     row_loss: `row_loss(stats, *row_inputs)` gives the loss [C] of C rows from their statistics and their part of each
         tensor in `row_inputs` (first dimension N). The gradient is made in forward, chunk by chunk: three products of
         N x V x D for a frozen head, four for a trained one. `loss` is what to differentiate (once), the other fields
-        are constants. No gradient reaches `row_inputs`. Without row_loss each statistic is differentiable, and
-        backward projects once more.
+        are constants. No gradient reaches `row_inputs`, nor anything else that the function uses. Without row_loss
+        each statistic is differentiable, and backward projects once more.
     mask_N: rows where it is 0 are left out before anything is projected, and give 0.
     vocab_size: tokens that exist, where the heads are padded; the padding gets no probability and no gradient.
     logits_dtype: of a chunk's logits; default fp32, or fp64 when an input is. Half of the memory with bf16, which is

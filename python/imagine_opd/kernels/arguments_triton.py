@@ -1,0 +1,1 @@
+../../../kernels/arguments_triton.py
