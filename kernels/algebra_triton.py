@@ -64,15 +64,7 @@ def load_logits(ptr, columns, mask, bias_ptr, scale, softcap, ADJUST: tl.constex
 def update_state(
     s,
     t,
-    student_max,
-    student_sum,
-    energy,
-    teacher_max,
-    teacher_sum,
-    ratio,
-    missing,
-    forward_ratio,
-    forward_missing,
+    state,
     inv_temperature,
     teacher_inv_temperature,
     HAS_TEACHER: tl.constexpr,
@@ -81,8 +73,11 @@ def update_state(
 ):
     """The state after one more tile; what does not count is -inf in `s` and `t`.
 
-    `energy` and the ratios are sums of differences in raw logits, but for two temperatures the ratios are in nats.
+    A state is (student_max, student_sum, energy, teacher_max, teacher_sum, ratio, missing, forward_ratio,
+    forward_missing). `energy` and the ratios are sums of differences in raw logits, but for two temperatures the
+    ratios are in nats: `convert_state` makes nats of all.
     """
+    student_max, student_sum, energy, teacher_max, teacher_sum, ratio, missing, forward_ratio, forward_missing = state
     scale = inv_temperature * LOG2_E
     new_max = tl.maximum(student_max, tl.max(s, 1))
     step = tl.maximum(student_max - new_max, LOWEST)
@@ -135,6 +130,25 @@ def update_state(
 
 
 @triton.jit
+def begin_state(zero):
+    """The state of no columns, in the shape of `zero`."""
+    lowest = zero + LOWEST_FLOAT
+    return (lowest, zero, zero, lowest, zero, zero, zero, zero, zero)
+
+
+@triton.jit
+def convert_state(state, inv_temperature, SAME_TEMPERATURE: tl.constexpr):
+    """The state with energy and ratios in nats, as it is stored and merged."""
+    energy = state[2] * inv_temperature
+    ratio = state[5]
+    forward_ratio = state[7]
+    if SAME_TEMPERATURE:
+        ratio *= inv_temperature
+        forward_ratio *= inv_temperature
+    return (state[0], state[1], energy, state[3], state[4], ratio, state[6], forward_ratio, state[8])
+
+
+@triton.jit
 def finish_kl(ratio, total, other_total, missing, POLICY: tl.constexpr):
     """A KL from its running sums (ratio in nats), and the probability of what the other side excludes."""
     mass = missing / total
@@ -163,15 +177,7 @@ def store_stats(
     student_logit,
     teacher_logit,
     known,
-    student_max,
-    student_sum,
-    energy,
-    teacher_max,
-    teacher_sum,
-    ratio,
-    missing,
-    forward_ratio,
-    forward_missing,
+    state,
     inv_temperature,
     teacher_inv_temperature,
     HAS_TEACHER: tl.constexpr,
@@ -183,6 +189,7 @@ def store_stats(
     Rows that are not `active` get 0. Returns what the second pass needs of a row: KL, entropy, both missing masses,
     and the logarithms of both sums.
     """
+    student_max, student_sum, energy, teacher_max, teacher_sum, ratio, missing, forward_ratio, forward_missing = state
     nan = float("nan")
     log_sum = tl.log(student_sum)
     entropy = log_sum - energy / student_sum

@@ -8,7 +8,7 @@ with fp32 sums, and folds it into the running states. No atomics; parts are merg
 import triton
 import triton.language as tl
 
-from imagine_opd.kernels.algebra_triton import HAS_BIAS, LOWEST_FLOAT, adjust_logits, update_state
+from imagine_opd.kernels.algebra_triton import HAS_BIAS, adjust_logits, begin_state, convert_state, update_state
 from imagine_opd.kernels.merge_triton import store_state
 
 
@@ -90,7 +90,7 @@ def head_state_kernel(
     row_mask = rows < N
     token_ids = tl.load(token_ids_ptr + rows, mask=row_mask, other=-1)
     zero = tl.zeros([BLOCK_N], tl.float32)
-    state = (zero + LOWEST_FLOAT, zero, zero, zero + LOWEST_FLOAT, zero, zero, zero, zero, zero)
+    state = begin_state(zero)
     s_y = zero - float("inf")
     t_y = zero - float("inf")
     for tile in tl.range(0, TILES, num_stages=1):
@@ -145,27 +145,13 @@ def head_state_kernel(
         state = update_state(
             s,
             t,
-            state[0],
-            state[1],
-            state[2],
-            state[3],
-            state[4],
-            state[5],
-            state[6],
-            state[7],
-            state[8],
+            state,
             inv_temperature,
             teacher_inv_temperature,
             HAS_TEACHER,
             HAS_FORWARD,
             SAME_TEMPERATURE,
         )
-    energy = state[2] * inv_temperature
-    ratio = state[5]
-    forward_ratio = state[7]
-    if SAME_TEMPERATURE:
-        ratio *= inv_temperature
-        forward_ratio *= inv_temperature
-    nats = (state[0], state[1], energy, state[3], state[4], ratio, state[6], forward_ratio, state[8])
+    state = convert_state(state, inv_temperature, SAME_TEMPERATURE)
     stride = tl.cast(N, tl.int64)
-    store_state(states_ptr + part * 11 * stride + rows, stride, row_mask, s_y, t_y, nats)
+    store_state(states_ptr + part * 11 * stride + rows, stride, row_mask, s_y, t_y, state)

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from imagine_opd.kernels.algebra_triton import LOG2_E, LOWEST, LOWEST_FLOAT, store_stats
+from imagine_opd.kernels.algebra_triton import LOG2_E, LOWEST, begin_state, store_stats
 
 
 @triton.jit
@@ -47,17 +47,10 @@ def merge_kernel(
     row_mask = rows < N
     stride = tl.cast(N, tl.int64)  # not N.to: a launch with N = 1 makes it a constant
     zero = tl.zeros([BLOCK_N], tl.float32)
-    student_max = zero + LOWEST_FLOAT
-    teacher_max = zero + LOWEST_FLOAT
     s_y = zero - float("inf")
     t_y = zero - float("inf")
-    student_sum = zero
-    energy = zero
-    teacher_sum = zero
-    ratio = zero
-    missing = zero
-    forward_ratio = zero
-    forward_missing = zero
+    state = begin_state(zero)
+    student_max, student_sum, energy, teacher_max, teacher_sum, ratio, missing, forward_ratio, forward_missing = state
     for part in tl.range(0, PARTS):
         ptr = states_ptr + tl.cast(part, tl.int64) * 11 * stride + rows
         part_max = tl.load(ptr, mask=row_mask, other=0.0)
@@ -102,6 +95,17 @@ def merge_kernel(
             teacher_max = new_teacher_max
         student_sum = carry * student_sum + part_carry * part_sum
         student_max = new_max
+    state = (
+        student_max,
+        student_sum,
+        energy,
+        teacher_max,
+        teacher_sum,
+        ratio,
+        missing,
+        forward_ratio,
+        forward_missing,
+    )
     token_id = tl.load(token_ids_ptr + rows, mask=row_mask, other=0)
     active = row_mask
     if HAS_MASK:
@@ -115,15 +119,7 @@ def merge_kernel(
         s_y,
         t_y,
         (token_id >= 0) & (token_id < V),
-        student_max,
-        student_sum,
-        energy,
-        teacher_max,
-        teacher_sum,
-        ratio,
-        missing,
-        forward_ratio,
-        forward_missing,
+        state,
         inv_temperature,
         teacher_inv_temperature,
         HAS_TEACHER,

@@ -7,7 +7,7 @@ A program walks a row's column tiles once and keeps running sums. No atomics and
 import triton
 import triton.language as tl
 
-from imagine_opd.kernels.algebra_triton import LOWEST_FLOAT, load_logits, store_stats, update_state
+from imagine_opd.kernels.algebra_triton import begin_state, convert_state, load_logits, store_stats, update_state
 from imagine_opd.kernels.merge_triton import store_state
 
 
@@ -39,16 +39,7 @@ def walk_row(
 
     Columns up to `limit` are read, those up to V count.
     """
-    zero = tl.zeros([1], tl.float32)
-    student_max = zero + LOWEST_FLOAT
-    teacher_max = zero + LOWEST_FLOAT
-    student_sum = zero
-    energy = zero
-    teacher_sum = zero
-    ratio = zero
-    missing = zero
-    forward_ratio = zero
-    forward_missing = zero
+    state = begin_state(tl.zeros([1], tl.float32))
     for tile in tl.range(0, TILES, num_stages=NUM_STAGES):
         columns = first + tile * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
         mask = columns < limit
@@ -61,49 +52,17 @@ def walk_row(
                 teacher_ptr, columns, mask, teacher_bias_ptr, teacher_scale, teacher_softcap, TEACHER_ADJUST
             )
             t = tl.where(counts, t, -float("inf"))
-        (
-            student_max,
-            student_sum,
-            energy,
-            teacher_max,
-            teacher_sum,
-            ratio,
-            missing,
-            forward_ratio,
-            forward_missing,
-        ) = update_state(
+        state = update_state(
             s,
             t,
-            student_max,
-            student_sum,
-            energy,
-            teacher_max,
-            teacher_sum,
-            ratio,
-            missing,
-            forward_ratio,
-            forward_missing,
+            state,
             inv_temperature,
             teacher_inv_temperature,
             HAS_TEACHER,
             HAS_FORWARD,
             SAME_TEMPERATURE,
         )
-    energy *= inv_temperature
-    if SAME_TEMPERATURE:
-        ratio *= inv_temperature
-        forward_ratio *= inv_temperature
-    return (
-        student_max,
-        student_sum,
-        energy,
-        teacher_max,
-        teacher_sum,
-        ratio,
-        missing,
-        forward_ratio,
-        forward_missing,
-    )
+    return convert_state(state, inv_temperature, SAME_TEMPERATURE)
 
 
 @triton.jit
@@ -194,15 +153,7 @@ def stats_kernel(
             s_y,
             t_y,
             known,
-            state[0],
-            state[1],
-            state[2],
-            state[3],
-            state[4],
-            state[5],
-            state[6],
-            state[7],
-            state[8],
+            state,
             inv_temperature,
             teacher_inv_temperature,
             HAS_TEACHER,

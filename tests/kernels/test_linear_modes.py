@@ -268,6 +268,7 @@ def whiten(stats: TokenStats) -> Tensor:
     return (stats.reverse_kl_N * stats.entropy_N / (1 + stats.reverse_kl_N.mean())).sum()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch 2.11 itself
 def test_compiled_equals_eager_in_one_graph_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # once for the first size, once for any
     compiled = torch.compile(compute_compiled, fullgraph=True)
