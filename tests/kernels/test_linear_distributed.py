@@ -144,6 +144,32 @@ def test_chunks_fill_waves_of_132_multiprocessors(
         assert tuning.choose_chunk_rows(8192, 2560, row_bytes, True, device) == 1664  # as memory allows
 
 
+@pytest.mark.parametrize("through", ["row_loss", "statistics"])
+def test_one_product_for_a_shared_head_equals_two(through: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student_ND, teacher_ND, head_VD = (torch.randn(*shape, generator=generator) for shape in ((7, 6), (7, 6), (40, 6)))
+    ids_N = torch.arange(7)
+    products: list[tuple[int, ...]] = []
+    multiply = linear.project
+    monkeypatch.setattr(linear, "project", lambda *args: (products.append(args[0].shape), multiply(*args))[1])
+
+    def run() -> tuple[torch.Tensor, ...]:
+        hidden_ND, weight_VD = student_ND.clone().requires_grad_(), head_VD.clone().requires_grad_()
+        row_loss = (lambda stats: stats.reverse_kl_N) if through == "row_loss" else None
+        stats = linear_token_stats(hidden_ND, weight_VD, teacher_ND, weight_VD, ids_N, row_loss, chunk_rows=3)
+        (stats.reverse_kl_N.sum() if stats.loss is None else stats.loss).backward()
+        return stats.reverse_kl_N.detach(), hidden_ND.grad, weight_VD.grad
+
+    apart = run()
+    assert set(products) == {(3, 6), (1, 6)}
+    products.clear()
+    monkeypatch.setattr(linear, "shares_head", lambda student, teacher: True)
+    together = run()
+    assert set(products) == {(6, 6), (2, 6)}
+    for found, wanted in zip(together, apart, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
 # Micro-batches
 
 
