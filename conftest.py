@@ -36,6 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     results = config.stash.get(RESULTS, None)
-    if results is not None and results.rows:
+    if results is not None and (results.rows or results.left_out):
         terminalreporter.section("kernels and their peers")
         terminalreporter.write_line(results.render())

@@ -122,11 +122,17 @@ class Runner:
             left_out=[{"implementation": name, "reason": reason} for name, reason in left_out],
             times_faster={row.implementation: round(row.times_ours, 3) for row in rows if row.implementation != OURS},
         )
+        self._append([{"row": asdict(row)} for row in rows] + [{"left_out": pair} for pair in left_out])
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Note a whole bench that does not run, so that the report does not pass over it."""
+        self.results.left_out.append((name, reason))
+        self._append([{"left_out": (name, reason)}])
+
+    def _append(self, entries: list[dict[str, Any]]) -> None:
         if self.rows_file is not None:
-            lines = [json.dumps({"row": asdict(row)}) for row in rows]
-            lines += [json.dumps({"left_out": pair}) for pair in left_out]
             with self.rows_file.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in lines))
+                file.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
 
 
 def compare(step: Step, truth: Answer) -> float:

@@ -49,8 +49,10 @@ def runner(request: pytest.FixtureRequest) -> Runner:
 
 
 @pytest.fixture(autouse=True)
-def skip_when_time_is_up(request: pytest.FixtureRequest) -> None:
-    """`--bench-seconds`: what has not begun by then is skipped."""
+def skip_when_time_is_up(request: pytest.FixtureRequest, runner: Runner) -> None:
+    """`--bench-seconds`: what has not begun by then is skipped, and listed as left out."""
     seconds = request.config.getoption("bench_seconds")
     if seconds is not None and time.monotonic() - STARTED > seconds:
-        pytest.skip(f"not begun within {seconds:g} s")
+        reason = f"not begun within {seconds:g} s"
+        runner.leave_out(request.node.name, reason)
+        pytest.skip(reason)

@@ -25,7 +25,7 @@ class Results:
             if self.on_gpu
             else f"{self.device}, no CUDA device: PyTorch twins at small shapes, where nothing but the ratios counts"
         )
-        return "\n".join(filter(None, [note, render_text(self.rows), render_left_out(self.left_out)]))
+        return "\n".join(filter(None, [note, self.rows and render_text(self.rows), render_left_out(self.left_out)]))
 
 
 RESULTS = pytest.StashKey[Results]()

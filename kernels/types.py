@@ -171,8 +171,6 @@ class Partial:
 
 STATE_ROWS = 11
 
-USES_ALL = (True,) * WEIGHT_ROWS
-
 
 def make_spec(temperature: float, options: StatsOptions) -> StatsSpec:
     """The spec of a call. Raises `ConfigError` on a bad temperature."""
