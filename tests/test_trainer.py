@@ -142,6 +142,7 @@ def test_training_with_accumulation_ends_at_the_same_weights(tiny, make_rows, tm
     assert largest_difference(weights_of(one.model), weights_of(four.model)) < 2e-4
     # The clip and Adam forgive a wrong scale of the loss; the logged figures do not.
     logs = [read_metrics(trainer)[0] for trainer in (one, four)]
+    assert logs[0]["missing_mass"] == 0.0  # the teacher excludes nothing here
     for name in ("loss", "grad_norm", "reverse_kl"):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-3)
 

@@ -214,7 +214,10 @@ class ImagineOPDTrainer(Trainer):
         kept = len(scores.token_ids_N)
         total = kept if num_items_in_batch is None else num_items_in_batch
         loss = result.loss_sum / max(int(total), 1)
-        for name, values_N in (("reverse_kl", result.stats.reverse_kl_N), ("entropy", result.stats.entropy_N)):
+        stats = result.stats
+        figures = {"reverse_kl": stats.reverse_kl_N, "entropy": stats.entropy_N, "missing_mass": stats.missing_mass_N}
+        for name, values_N in figures.items():
+            assert values_N is not None
             self.step_metrics.add_mean(name, float(values_N.detach().sum()), kept)
         return (loss, result) if return_outputs else loss
 
