@@ -1,214 +1,122 @@
-//! Encoded bytes to upright RGB8 pixels: alpha dropped, 16 bits cut to the high 8, a damaged file refused.
+//! Encoded bytes to the upright RGB rows of a region, each as soon as it is decoded; a damaged file is refused.
 
-use std::io::Cursor;
+use crate::errors::{ImageFault, allocate};
+use crate::geometry::Region;
+use crate::header::{Format, Header};
+use crate::rgb::{BYTES, Rgb, Rows};
+use crate::{gif, jpeg, png, webp};
 
-use image_webp::WebPDecoder;
-use png::{ColorType, DecodingError, Transformations};
-use turbojpeg::{Colorspace, Decompressor, Image, PixelFormat};
-
-use crate::errors::{ImageFault, allocate, catch_panic};
-use crate::header::{Format, Header, name_io_fault, name_webp_fault};
-use crate::rgb::Rgb;
-
-/// Pixels that all scans of a JPEG together may go over: more only burn time. Encoders write about ten scans.
-const MAX_SCANNED_PIXELS: u64 = 1 << 31;
-const PNG_CHUNK_BYTES: usize = 64 << 20;
-
-/// Decodes `bytes`, whose header was read before, and turns the pixels as EXIF says.
-pub fn decode(bytes: &[u8], header: &Header) -> Result<Rgb, ImageFault> {
-    let pixels = match header.format {
-        Format::Jpeg => decode_jpeg(bytes, header)?,
-        Format::Png => catch_panic(|| decode_png(bytes, header))?,
-        Format::Webp => catch_panic(|| decode_webp(bytes, header))?,
-    };
-    header.orientation.apply(Rgb { width: header.width, height: header.height, pixels })
+/// What is done with that which is no colour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Policy {
+    /// Whether transparent pixels are laid on white, as Pillow does it. Otherwise their colour counts, whatever it is.
+    pub alpha_white: bool,
+    /// Whether the picture is turned as its EXIF orientation says.
+    pub exif: bool,
 }
 
-fn decode_jpeg(bytes: &[u8], header: &Header) -> Result<Vec<u8>, ImageFault> {
-    let mut decoder = Decompressor::new().map_err(|error| name_jpeg_fault(&error))?;
-    decoder.set_scan_limit(scan_limit(header)).map_err(|error| name_jpeg_fault(&error))?;
-    let found = decoder.read_header(bytes).map_err(|error| name_jpeg_fault(&error))?;
-    check_same_size(header, (found.width, found.height))?;
-    // libjpeg does not turn four inks into RGB; that step is below, as Pillow does it.
-    let inks = matches!(found.colorspace, Colorspace::CMYK | Colorspace::YCCK);
-    let format = if inks { PixelFormat::CMYK } else { PixelFormat::RGB };
-    let pitch = found.width * format.size();
-    let mut pixels = allocate(pitch * found.height)?;
-    let (width, height) = (found.width, found.height);
-    let mut decompress = |bytes: &[u8]| {
-        let image = Image { pixels: &mut pixels[..], width, pitch, height, format };
-        decoder.decompress(bytes, image)
-    };
-    // Any warning is a fault, so that no grey pixel passes for data. Stray bytes before the end marker are the
-    // exception, since cameras write them. libjpeg tells its first warning only: they are cut out, and then
-    // there may be none at all.
-    if let Err(error) = decompress(bytes) {
-        let whole =
-            cut_stray_bytes(bytes, &error.to_string()).ok_or_else(|| name_decompress_fault(&error, header))?;
-        decompress(&whole).map_err(|error| name_decompress_fault(&error, header))?;
+impl Default for Policy {
+    /// What transformers does with the path of an image.
+    fn default() -> Self {
+        Self { alpha_white: false, exif: true }
     }
-    if inks { convert_inks(&pixels) } else { Ok(pixels) }
 }
 
-/// Most scans of a JPEG of this size.
-fn scan_limit(header: &Header) -> u32 {
-    let pixels = u64::from(header.width) * u64::from(header.height);
-    (MAX_SCANNED_PIXELS / pixels).clamp(16, 500) as u32
+/// The pixels that are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// Inside the upright picture (the stored one when the policy ignores EXIF), scaled by the denominator.
+    pub region: Region,
+    /// 1, or for files that `can_scale` also 2, 4 or 8: the picture is decoded at 1/`denominator`, sides rounded up.
+    pub denominator: u32,
 }
 
-/// The file without its stray bytes before the end marker, when `warning` tells of such; `None` for another warning.
-fn cut_stray_bytes(bytes: &[u8], warning: &str) -> Option<Vec<u8>> {
-    let (before, _) = warning.split_once(" extraneous bytes before marker 0xd9")?;
-    let count: usize = before.rsplit(' ').next()?.parse().ok()?;
-    let end = find_end_marker(bytes)?;
-    let mut whole = Vec::new();
-    whole.try_reserve_exact(bytes.len()).ok()?;
-    whole.extend_from_slice(bytes.get(..end.checked_sub(count)?)?);
-    whole.extend_from_slice(&[0xff, 0xd9]);
-    Some(whole)
+/// Whether a file can be decoded at less than its size.
+#[must_use]
+pub fn can_scale(header: &Header) -> bool {
+    header.format == Format::Jpeg
 }
 
-/// Where a JPEG's end marker begins, its fill bytes included.
-fn find_end_marker(bytes: &[u8]) -> Option<usize> {
+/// (width, height) of the upright picture decoded at 1/`denominator`.
+#[must_use]
+pub fn scaled_size(header: &Header, denominator: u32) -> (u32, u32) {
+    let (width, height) = header.size();
+    (width.div_ceil(denominator), height.div_ceil(denominator))
+}
+
+/// Decodes the whole picture of `bytes`, whose header was read before.
+pub fn decode(bytes: &[u8], header: &Header, policy: Policy) -> Result<Rgb, ImageFault> {
+    let (width, height) = if policy.exif { header.size() } else { header.without_orientation().size() };
+    let mut pixels = allocate(width as usize * height as usize * BYTES)?;
     let mut at = 0;
-    loop {
-        let start = at + bytes.get(at..)?.iter().position(|&byte| byte == 0xff)?;
-        at = start + bytes[start..].iter().position(|&byte| byte != 0xff)?;
-        let marker = bytes[at];
-        at += 1;
-        match marker {
-            0xd9 => return Some(start),
-            0x00 | 0x01 | 0xd0..=0xd8 => {} // a byte of pixels, or a marker without a body
-            _ => at += usize::from(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?])),
+    let wanted = Wanted { region: Region::whole(width, height), denominator: 1 };
+    decode_rows(bytes, header, policy, wanted, &mut |rows| {
+        for row in rows.iter() {
+            pixels[at..at + row.len()].copy_from_slice(row);
+            at += row.len();
         }
-    }
+        Ok(())
+    })?;
+    Ok(Rgb { width, height, pixels })
 }
 
-/// CMYK as JPEG files hold it (inverted, after Adobe) to RGB, rounded as Pillow rounds.
-fn convert_inks(pixels: &[u8]) -> Result<Vec<u8>, ImageFault> {
-    let apply = |ink: u8, black: u8| {
-        let product = u32::from(255 - ink) * u32::from(black) + 128;
-        black - (((product >> 8) + product) >> 8) as u8
-    };
-    let mut rgb = allocate(pixels.len() / 4 * 3)?;
-    for (target, p) in rgb.chunks_exact_mut(3).zip(pixels.chunks_exact(4)) {
-        target.copy_from_slice(&[apply(p[0], p[3]), apply(p[1], p[3]), apply(p[2], p[3])]);
+/// Hands over exactly the rows of `wanted.region`, from top to bottom, as runs of rows of its width.
+///
+/// Damage that lies behind the region may go unseen.
+///
+/// # Panics
+/// When the region is not inside the picture, or the denominator is none of those that the file can be scaled by.
+pub fn decode_rows(
+    bytes: &[u8],
+    header: &Header,
+    policy: Policy,
+    wanted: Wanted,
+    emit: &mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>,
+) -> Result<(), ImageFault> {
+    let Wanted { region, denominator } = wanted;
+    assert!(
+        denominator == 1 || (can_scale(header) && [2, 4, 8].contains(&denominator)),
+        "scaled by 1/{denominator}"
+    );
+    let header = if policy.exif { *header } else { header.without_orientation() };
+    let (width, height) = scaled_size(&header, denominator);
+    let is_inside = |start: u32, len: u32, side: u32| len > 0 && start < side && len <= side - start;
+    assert!(
+        is_inside(region.left, region.width, width) && is_inside(region.top, region.height, height),
+        "{region:?} of {width}x{height} pixels"
+    );
+    let orientation = header.orientation;
+    if orientation.is_upright() {
+        return decode_stored(bytes, &header, policy, wanted, emit);
     }
-    Ok(rgb)
+    let region = orientation.store_region(region, (width, height));
+    let mut turned = allocate(region.width as usize * region.height as usize * BYTES)?;
+    let mut top = 0;
+    decode_stored(bytes, &header, policy, Wanted { region, denominator }, &mut |rows| {
+        orientation.turn_rows(rows, top, region.height as usize, &mut turned);
+        top += rows.count();
+        Ok(())
+    })?;
+    let width = wanted.region.width as usize;
+    emit(Rows::new(&turned, width, width * BYTES, wanted.region.height as usize))
 }
 
-fn name_decompress_fault(error: &turbojpeg::Error, header: &Header) -> ImageFault {
-    if error.to_string().contains("more than") && error.to_string().contains("scans") {
-        let (Header { width, height, .. }, limit) = (header, scan_limit(header));
-        return ImageFault::Undecodable(format!(
-            "it has more than {limit} scans, the limit at {width}x{height} pixels"
-        ));
+/// The same in the frame of the stored picture.
+fn decode_stored(
+    bytes: &[u8],
+    header: &Header,
+    policy: Policy,
+    Wanted { region, denominator }: Wanted,
+    emit: &mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>,
+) -> Result<(), ImageFault> {
+    match header.format {
+        Format::Jpeg => jpeg::decode_rows(bytes, header, denominator, region, emit),
+        Format::Png => png::decode_rows(bytes, header, policy.alpha_white, region, emit),
+        Format::Webp => webp::decode_rows(bytes, header, policy.alpha_white, region, emit),
+        Format::Gif => gif::decode_rows(bytes, header, policy.alpha_white, region, emit),
     }
-    name_jpeg_fault(error)
-}
-
-fn name_jpeg_fault(error: &turbojpeg::Error) -> ImageFault {
-    let text = error.to_string();
-    let why = text.rsplit_once(": ").map_or(text.as_str(), |(_, why)| why).to_owned();
-    if text.to_lowercase().contains("premature end") {
-        ImageFault::Truncated(why)
-    } else {
-        ImageFault::Undecodable(why)
-    }
-}
-
-fn decode_png(bytes: &[u8], header: &Header) -> Result<Vec<u8>, ImageFault> {
-    let limits = png::Limits { bytes: PNG_CHUNK_BYTES };
-    let mut decoder = png::Decoder::new_with_limits(Cursor::new(bytes), limits);
-    decoder.set_ignore_text_chunk(true);
-    decoder.set_ignore_iccp_chunk(true);
-    decoder.set_transformations(Transformations::EXPAND | Transformations::STRIP_16);
-    let mut reader = decoder.read_info().map_err(|error| name_png_fault(&error))?;
-    check_same_size(header, (reader.info().width as usize, reader.info().height as usize))?;
-    let len = reader.output_buffer_size().ok_or(ImageFault::OutOfMemory(usize::MAX))?;
-    let mut pixels = allocate(len)?;
-    let found = reader.next_frame(&mut pixels).map_err(|error| name_png_fault(&error))?;
-    match found.color_type {
-        ColorType::Rgb => Ok(pixels),
-        ColorType::Rgba => keep_rgb(&pixels, header),
-        ColorType::Grayscale => spread_grey(&pixels, 1, header),
-        ColorType::GrayscaleAlpha => spread_grey(&pixels, 2, header),
-        ColorType::Indexed => Err(ImageFault::Undecodable("its palette was not expanded".into())),
-    }
-}
-
-fn name_png_fault(error: &DecodingError) -> ImageFault {
-    match error {
-        DecodingError::IoError(error) => name_io_fault(error),
-        other => ImageFault::Undecodable(other.to_string()),
-    }
-}
-
-fn decode_webp(bytes: &[u8], header: &Header) -> Result<Vec<u8>, ImageFault> {
-    let mut decoder = WebPDecoder::new(Cursor::new(bytes)).map_err(|error| name_webp_fault(&error))?;
-    let (width, height) = decoder.dimensions();
-    check_same_size(header, (width as usize, height as usize))?;
-    let len = decoder.output_buffer_size().ok_or(ImageFault::OutOfMemory(usize::MAX))?;
-    let mut pixels = allocate(len)?;
-    // No chunk is larger than the file, whatever its length field says.
-    decoder.set_memory_limit(bytes.len().saturating_add(len));
-    decoder.read_image(&mut pixels).map_err(|error| name_webp_fault(&error))?;
-    if decoder.has_alpha() { keep_rgb(&pixels, header) } else { Ok(pixels) }
-}
-
-/// The header was read from the same file moments before: another size means that it changed, or lies.
-fn check_same_size(header: &Header, (width, height): (usize, usize)) -> Result<(), ImageFault> {
-    if (header.width as usize, header.height as usize) == (width, height) {
-        return Ok(());
-    }
-    let Header { width: old_width, height: old_height, .. } = header;
-    Err(ImageFault::Undecodable(format!("{old_width}x{old_height} by its header, then {width}x{height}")))
-}
-
-fn keep_rgb(rgba: &[u8], header: &Header) -> Result<Vec<u8>, ImageFault> {
-    let mut rgb = allocate(header.width as usize * header.height as usize * 3)?;
-    for (pixel, source) in rgb.chunks_exact_mut(3).zip(rgba.chunks_exact(4)) {
-        pixel.copy_from_slice(&source[..3]);
-    }
-    Ok(rgb)
-}
-
-fn spread_grey(grey: &[u8], step: usize, header: &Header) -> Result<Vec<u8>, ImageFault> {
-    let mut rgb = allocate(header.width as usize * header.height as usize * 3)?;
-    for (pixel, source) in rgb.chunks_exact_mut(3).zip(grey.chunks_exact(step)) {
-        pixel.fill(source[0]);
-    }
-    Ok(rgb)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::orient::Orientation;
-
-    #[test]
-    fn inks_follow_the_adobe_convention() {
-        // Inverted inks: 255 is no ink, so white; no black value (0) is full black.
-        assert_eq!(convert_inks(&[255, 255, 255, 255, 9, 9, 9, 0]).unwrap(), [255, 255, 255, 0, 0, 0]);
-        assert_eq!(convert_inks(&[0, 255, 128, 200]).unwrap(), [0, 200, 100]);
-    }
-
-    #[test]
-    fn larger_pictures_may_have_fewer_scans() {
-        for ((width, height), expected) in [((64, 64), 500), ((4000, 3000), 178), ((13_000, 13_000), 16)] {
-            let header = Header { format: Format::Jpeg, width, height, orientation: Orientation::default() };
-            assert_eq!(scan_limit(&header), expected, "{width}x{height}");
-        }
-    }
-
-    #[test]
-    fn stray_bytes_are_cut_before_the_end_marker_of_the_picture() {
-        // An application segment that holds an end marker, pixels with a stuffed byte and a restart, two fill bytes.
-        let head = b"\xff\xd8\xff\xe1\0\x06\xff\xd9..\xff\xda\0\x02pix\xff\0\xff\xd0els".as_slice();
-        let file = [head, b"\0\0\0\xff\xff\xff\xd9 tail \xff\xd9"].concat();
-        let warning = "Corrupt JPEG data: 3 extraneous bytes before marker 0xd9";
-        assert_eq!(cut_stray_bytes(&file, warning).unwrap(), [head, b"\xff\xd9"].concat());
-        assert_eq!(cut_stray_bytes(&file, "Premature end of JPEG file"), None);
-        assert_eq!(cut_stray_bytes(&file[..20], warning), None);
-    }
-}
+#[path = "decode_tests.rs"]
+mod tests;

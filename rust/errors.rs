@@ -2,6 +2,9 @@
 
 use thiserror::Error;
 
+/// Longest side of an image, as libpng allows it: the weights of a resize grow with it, whatever the area is.
+pub const MAX_SIDE_PX: u32 = 1_000_000;
+
 /// What is wrong with an image; the sentence goes on after the image's name.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum ImageFault {
@@ -13,13 +16,21 @@ pub enum ImageFault {
     TooManyBytes { found: u64, limit: u64 },
     #[error("is {width}x{height} pixels, over max_image_pixels={limit}; shrink the image or raise the limit")]
     TooManyPixels { width: u32, height: u32, limit: u64 },
-    #[error("does not fit in memory ({0} bytes wanted); lower max_pixels or max_image_pixels")]
+    #[error("is {width}x{height} pixels, a side over {MAX_SIDE_PX}; cut the image up")]
+    TooLong { width: u32, height: u32 },
+    #[error(
+        "does not fit in memory ({0} bytes wanted); give fewer rows at a time, or lower max_pixels or max_image_pixels"
+    )]
     OutOfMemory(usize),
     #[error("is {width}x{height} pixels, sides more than 200 to 1; crop or pad it")]
     Aspect { width: u32, height: u32 },
+    #[error("{0}")]
+    Untileable(String),
+    #[error("was not read: the batch was cancelled")]
+    Cancelled,
     #[error("is truncated ({0}); fetch the file again")]
     Truncated(String),
-    #[error("cannot be decoded ({0}); expected an intact JPEG, PNG or WebP")]
+    #[error("cannot be decoded ({0}); expected an intact JPEG, PNG, WebP or GIF")]
     Undecodable(String),
 }
 
@@ -29,8 +40,12 @@ impl ImageFault {
         match self {
             Self::Missing => "missing",
             Self::Unreadable(_) => "unreadable",
-            Self::TooManyBytes { .. } | Self::TooManyPixels { .. } | Self::OutOfMemory(_) => "too_large",
-            Self::Aspect { .. } => "aspect",
+            Self::TooManyBytes { .. }
+            | Self::TooManyPixels { .. }
+            | Self::TooLong { .. }
+            | Self::OutOfMemory(_) => "too_large",
+            Self::Aspect { .. } | Self::Untileable(_) => "aspect",
+            Self::Cancelled => "cancelled",
             Self::Truncated(_) => "truncated",
             Self::Undecodable(_) => "undecodable",
         }
@@ -56,6 +71,8 @@ pub enum BoxFault {
         "gives a crop of {width}x{height} pixels, sides more than 200 to 1; widen the box or raise min_crop_px"
     )]
     Aspect { width: u32, height: u32 },
+    #[error("gives a crop that {0}")]
+    Untileable(String),
 }
 
 impl BoxFault {
@@ -67,7 +84,7 @@ impl BoxFault {
             Self::Empty { .. } => "box_empty",
             Self::Outside { .. } => "box_outside",
             Self::NoSuchImage { .. } => "box_image",
-            Self::Aspect { .. } => "aspect",
+            Self::Aspect { .. } | Self::Untileable(_) => "aspect",
         }
     }
 }

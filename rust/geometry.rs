@@ -40,6 +40,78 @@ impl Region {
     }
 }
 
+impl Region {
+    fn right(&self) -> u32 {
+        self.left + self.width
+    }
+
+    fn bottom(&self) -> u32 {
+        self.top + self.height
+    }
+
+    fn area(&self) -> u64 {
+        u64::from(self.width) * u64::from(self.height)
+    }
+
+    /// The pixels that both have.
+    #[must_use]
+    pub fn shared_area(&self, other: &Self) -> u64 {
+        let side = |start: u32, end: u32| u64::from(end.saturating_sub(start));
+        let width = side(self.left.max(other.left), self.right().min(other.right()));
+        width * side(self.top.max(other.top), self.bottom().min(other.bottom()))
+    }
+
+    /// The smallest region around both.
+    #[must_use]
+    pub fn around(&self, other: &Self) -> Self {
+        let (left, top) = (self.left.min(other.left), self.top.min(other.top));
+        let (right, bottom) = (self.right().max(other.right()), self.bottom().max(other.bottom()));
+        Self { left, top, width: right - left, height: bottom - top }
+    }
+}
+
+/// Joins regions of one image that share more than `overlap` of the smaller one's pixels, until none do; the joined
+/// one stands where the first of them stood. Beside each result, the places of its parts in `regions`.
+#[must_use]
+pub fn merge_regions(regions: &[Region], overlap: f64) -> Vec<(Region, Vec<usize>)> {
+    let mut merged: Vec<(Region, Vec<usize>)> = Vec::new();
+    for (place, region) in regions.iter().enumerate() {
+        let mut whole = (*region, vec![place]);
+        let touches = |a: &Region, b: &Region| a.shared_area(b) as f64 > overlap * a.area().min(b.area()) as f64;
+        // What grew may reach others: looked through again until nothing does.
+        let mut at = merged.len();
+        while let Some(found) = merged.iter().position(|(other, _)| touches(other, &whole.0)) {
+            let (other, mut parts) = merged.remove(found);
+            parts.append(&mut whole.1);
+            whole = (other.around(&whole.0), parts);
+            at = at.min(found).min(merged.len());
+        }
+        whole.1.sort_unstable();
+        merged.insert(at, whole);
+    }
+    merged
+}
+
+/// The order in which the regions of one image are read: line by line from the top, each from the left. A region
+/// belongs to a line when its middle is above the bottom of the line's first one.
+#[must_use]
+pub fn reading_order(regions: &[Region]) -> Vec<usize> {
+    let mut from_top: Vec<usize> = (0..regions.len()).collect();
+    from_top.sort_by_key(|&place| (regions[place].top, regions[place].left));
+    let mut order = Vec::with_capacity(regions.len());
+    let mut rest = &from_top[..];
+    while let Some(&first) = rest.first() {
+        let middle = |place: &usize| regions[*place].top + regions[*place].height / 2;
+        let line = rest.iter().take_while(|place| **place == first || middle(place) < regions[first].bottom());
+        let (line, after) = rest.split_at(line.count());
+        let start = order.len();
+        order.extend_from_slice(line);
+        order[start..].sort_by_key(|&place| regions[place].left);
+        rest = after;
+    }
+    order
+}
+
 /// How a box becomes a crop.
 #[derive(Debug, Clone, Copy)]
 pub struct CropRule {
@@ -103,6 +175,32 @@ mod tests {
         let [x0, y0, x1, y1] = sides;
         place_crop(&PixelBox { x0, y0, x1, y1, image: 0 }, 100, 50, rule)
             .map(|found| [found.left, found.top, found.left + found.width, found.top + found.height])
+    }
+
+    fn regions(sides: &[[u32; 4]]) -> Vec<Region> {
+        sides.iter().map(|&[left, top, width, height]| Region { left, top, width, height }).collect()
+    }
+
+    #[test]
+    fn overlapping_regions_become_one_where_the_first_stood() {
+        let apart = [[50, 50, 10, 10], [0, 0, 10, 10], [9, 0, 10, 10], [80, 0, 4, 4]];
+        let found = |overlap| merge_regions(&regions(&apart), overlap);
+        assert_eq!(found(0.1).len(), 4); // a tenth is not more than a tenth
+        let merged = found(0.05);
+        assert_eq!(merged[1], (Region { left: 0, top: 0, width: 19, height: 10 }, vec![1, 2]));
+        assert_eq!((merged.len(), merged[2].1.clone()), (3, vec![3]));
+        // The third joins the first two, which did not touch.
+        let bridge = regions(&[[0, 0, 10, 10], [20, 0, 10, 10], [5, 0, 20, 10]]);
+        assert_eq!(merge_regions(&bridge, 0.3), [(regions(&[[0, 0, 30, 10]])[0], vec![0, 1, 2])]);
+    }
+
+    #[test]
+    fn regions_are_read_line_by_line() {
+        // Two lines; the second region of the upper one begins lower than the first.
+        let found =
+            reading_order(&regions(&[[60, 100, 20, 20], [50, 14, 10, 10], [0, 10, 40, 20], [0, 110, 9, 9]]));
+        assert_eq!(found, [2, 1, 3, 0]);
+        assert_eq!(reading_order(&[]), [0; 0]);
     }
 
     #[test]

@@ -1,10 +1,13 @@
 //! EXIF orientation: read from a TIFF block, applied to pixels.
 
-use crate::errors::{ImageFault, allocate};
-use crate::rgb::Rgb;
+use crate::geometry::Region;
+use crate::rgb::{BYTES, Rows};
 
-/// Side of the square in which pixels are turned: its lines of both images stay in the first cache.
-const BLOCK: usize = 32;
+/// Stored rows that are transposed at once: their pixels of one column fill whole lines of the cache.
+pub const BLOCK: usize = 64;
+/// Side of the square of pixels that is transposed in registers.
+const TILE: usize = 4;
+const TILE_BYTES: usize = TILE * BYTES;
 
 /// How stored pixels are to be turned for viewing: mirrored along the sides, then transposed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -53,45 +56,123 @@ impl Orientation {
         self.transpose
     }
 
-    /// Turns `image` upright; the same image when it is already.
-    pub fn apply(self, image: Rgb) -> Result<Rgb, ImageFault> {
-        if self == Self::default() {
-            return Ok(image);
-        }
-        let (stored_width, stored_height) = (image.width as usize, image.height as usize);
-        let (width, height) =
-            if self.transpose { (stored_height, stored_width) } else { (stored_width, stored_height) };
-        let mut pixels = allocate(image.pixels.len())?;
-        // The stored place of the upright pixel (x, y), and how far on the next one of its line is stored.
-        let place = |x: usize, y: usize| {
-            let (column, row) = if self.transpose { (y, x) } else { (x, y) };
-            let column = if self.flip_x { stored_width - 1 - column } else { column };
-            let row = if self.flip_y { stored_height - 1 - row } else { row };
-            (row * stored_width + column) * 3
+    #[must_use]
+    pub fn is_upright(self) -> bool {
+        self == Self::default()
+    }
+
+    /// Where `region` of the upright picture of `size` (width, height) is stored.
+    #[must_use]
+    pub fn store_region(self, region: Region, (width, height): (u32, u32)) -> Region {
+        let Region { left, top, width: region_width, height: region_height } = region;
+        let (mut stored, (stored_width, stored_height)) = if self.transpose {
+            (Region { left: top, top: left, width: region_height, height: region_width }, (height, width))
+        } else {
+            (region, (width, height))
         };
-        let (step, back) =
-            if self.transpose { (stored_width as isize * 3, self.flip_y) } else { (3, self.flip_x) };
-        let step = if back { -step } else { step };
-        let span = if self.transpose { BLOCK } else { width };
-        for (block_row, lines) in pixels.chunks_mut(width * 3 * BLOCK).enumerate() {
-            for left in (0..width).step_by(span) {
-                let right = width.min(left + span);
-                for (y, line) in lines.chunks_exact_mut(width * 3).enumerate() {
-                    let mut at = place(left, block_row * BLOCK + y);
-                    for pixel in line[left * 3..right * 3].chunks_exact_mut(3) {
-                        pixel.copy_from_slice(&image.pixels[at..at + 3]);
-                        at = at.wrapping_add_signed(step);
-                    }
+        if self.flip_x {
+            stored.left = stored_width - stored.left - stored.width;
+        }
+        if self.flip_y {
+            stored.top = stored_height - stored.top - stored.height;
+        }
+        stored
+    }
+
+    /// Writes stored rows, the first of which is row `top` of `height`, to their places in the upright picture.
+    pub fn turn_rows(self, rows: Rows<'_>, top: usize, height: usize, upright: &mut [u8]) {
+        let place_row = |row: usize| if self.flip_y { height - 1 - row } else { row };
+        let line = if self.transpose { height } else { rows.width() } * BYTES;
+        if !self.transpose {
+            for (row, source) in rows.iter().enumerate() {
+                let target = &mut upright[place_row(top + row) * line..][..line];
+                if self.flip_x {
+                    let turned = target.chunks_exact_mut(BYTES).zip(source.chunks_exact(BYTES).rev());
+                    turned.for_each(|(target, pixel)| target.copy_from_slice(pixel));
+                } else {
+                    target.copy_from_slice(source);
                 }
             }
+            return;
         }
-        Ok(Rgb { width: width as u32, height: height as u32, pixels })
+        for first in (0..rows.count()).step_by(BLOCK) {
+            let count = BLOCK.min(rows.count() - first);
+            let left = if self.flip_y { height - top - first - count } else { top + first };
+            // The rows that become the columns from `left` on, in that order.
+            let mut sources: [&[u8]; BLOCK] = [&[]; BLOCK];
+            for (row, source) in sources[..count].iter_mut().enumerate() {
+                *source = rows.row(if self.flip_y { first + count - 1 - row } else { first + row });
+            }
+            let place = |column: usize| {
+                let y = if self.flip_x { rows.width() - 1 - column } else { column };
+                y * line + left * BYTES
+            };
+            transpose(&sources[..count], upright, place);
+        }
     }
+}
+
+/// Writes the pixels of each column of `sources` side by side, from byte `place(column)` on.
+fn transpose(sources: &[&[u8]], target: &mut [u8], place: impl Fn(usize) -> usize) {
+    let width = sources.first().map_or(0, |source| source.len() / BYTES);
+    let mut column = 0;
+    while column < width {
+        let columns = if column + TILE <= width { TILE } else { 1 };
+        let starts: [usize; TILE] = std::array::from_fn(|c| if c < columns { place(column + c) } else { 0 });
+        let (tiles, rest) = sources.as_chunks::<TILE>();
+        let tiles = if columns == TILE { tiles } else { &[] };
+        for (at, tile) in tiles.iter().enumerate() {
+            let lines = tile.map(|source| load_pixels(&source[column * BYTES..]));
+            for (c, start) in starts.iter().enumerate() {
+                let pixel = |line: u128| line >> (24 * c) & 0xff_ffff;
+                let [l0, l1, l2, l3] = lines;
+                let turned = pixel(l0) | pixel(l1) << 24 | pixel(l2) << 48 | pixel(l3) << 72;
+                target[start + at * TILE_BYTES..][..TILE_BYTES]
+                    .copy_from_slice(&turned.to_le_bytes()[..TILE_BYTES]);
+            }
+        }
+        let done = tiles.len() * TILE;
+        let rest = if columns == TILE { rest } else { sources };
+        for (row, source) in rest.iter().enumerate() {
+            for (c, start) in starts[..columns].iter().enumerate() {
+                target[start + (done + row) * BYTES..][..BYTES]
+                    .copy_from_slice(&source[(column + c) * BYTES..][..BYTES]);
+            }
+        }
+        column += columns;
+    }
+}
+
+/// Four pixels in a number, the first one in its lowest bytes.
+fn load_pixels(bytes: &[u8]) -> u128 {
+    let mut pixels = [0; size_of::<u128>()];
+    pixels[..TILE_BYTES].copy_from_slice(&bytes[..TILE_BYTES]);
+    u128::from_le_bytes(pixels)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Turns a stored picture of one byte a pixel, handed over in runs of `run` rows.
+    fn turn(value: u32, stored: &[u8], width: usize, run: usize) -> Vec<u8> {
+        let orientation = Orientation::from_value(value);
+        let rgb: Vec<u8> = stored.iter().flat_map(|&v| [v, v ^ 1, v ^ 2]).collect();
+        let height = stored.len() / width;
+        let rows = Rows::new(&rgb, width, width * BYTES, height);
+        let mut upright = vec![0; rgb.len()];
+        for top in (0..height).step_by(run) {
+            let part = Region { left: 0, top: top as u32, width: width as u32, height: run as u32 };
+            orientation.turn_rows(rows.window(0, part).unwrap(), top, height, &mut upright);
+        }
+        upright
+            .chunks_exact(BYTES)
+            .map(|p| {
+                assert_eq!([p[0], p[0] ^ 1, p[0] ^ 2], p);
+                p[0]
+            })
+            .collect()
+    }
 
     #[test]
     fn all_eight_orientations_place_every_pixel() {
@@ -107,39 +188,43 @@ mod tests {
             (8, [3, 6, 2, 5, 1, 4]),
         ];
         for (value, expected) in table {
-            let stored = Rgb { width: 3, height: 2, pixels: (1..=6).flat_map(|v| [v; 3]).collect() };
-            let turned = Orientation::from_value(value).apply(stored).unwrap();
-            assert_eq!((turned.width, turned.height), if value > 4 { (2, 3) } else { (3, 2) });
-            let found: Vec<u8> = turned.pixels.iter().step_by(3).copied().collect();
-            assert_eq!(found, expected, "orientation {value}");
+            for run in [1, 2] {
+                assert_eq!(turn(value, &[1, 2, 3, 4, 5, 6], 3, run), expected, "orientation {value}");
+            }
         }
     }
 
     #[test]
-    fn pixels_of_every_block_arrive() {
-        let (width, height) = (70_u32, 45_u32);
-        let pixels = (0..width * height).flat_map(|v| [v as u8, (v >> 8) as u8, 9]).collect();
-        let stored = Rgb { width, height, pixels };
-        for value in 2..=8 {
-            let turned = Orientation::from_value(value).apply(stored.clone()).unwrap();
-            for y in 0..turned.height {
-                for x in 0..turned.width {
-                    let (w, h) = (width - 1, height - 1);
-                    let (column, row) = [
-                        (w.wrapping_sub(x), y),
-                        (w.wrapping_sub(x), h.wrapping_sub(y)),
-                        (x, h.wrapping_sub(y)),
-                        (y, x),
-                        (y, h.wrapping_sub(x)),
-                        (w.wrapping_sub(y), h.wrapping_sub(x)),
-                        (w.wrapping_sub(y), x),
-                    ][value as usize - 2];
-                    let at = |image: &Rgb, x, y| {
-                        let at = ((y * image.width + x) * 3) as usize;
-                        image.pixels[at..at + 3].to_vec()
-                    };
-                    assert_eq!(at(&turned, x, y), at(&stored, column, row), "orientation {value}, ({x}, {y})");
-                }
+    fn pixels_of_every_region_and_run_arrive() {
+        let (width, height) = (70_usize, 45_usize);
+        let stored: Vec<u8> = (0..width * height).map(|v| (v * 7 + v / 251) as u8).collect();
+        for value in 1..=8 {
+            let whole = turn(value, &stored, width, height);
+            let (w, h) = if value > 4 { (height, width) } else { (width, height) };
+            for run in [1, 16, 40] {
+                assert_eq!(turn(value, &stored, width, run), whole, "orientation {value}, runs of {run}");
+            }
+            for (left, top, right, bottom) in
+                [(0, 0, w, h), (3, 5, 17, 40), (w - 1, h - 1, w, h), (0, h - 9, 1, h)]
+            {
+                let region = Region {
+                    left: left as u32,
+                    top: top as u32,
+                    width: (right - left) as u32,
+                    height: (bottom - top) as u32,
+                };
+                let part = Orientation::from_value(value).store_region(region, (w as u32, h as u32));
+                let cut: Vec<u8> = (part.top..part.top + part.height)
+                    .flat_map(|y| &stored[y as usize * width + part.left as usize..][..part.width as usize])
+                    .copied()
+                    .collect();
+                let expected: Vec<u8> =
+                    (top..bottom).flat_map(|y| &whole[y * w + left..y * w + right]).copied().collect();
+                assert_eq!(
+                    turn(value, &cut, part.width as usize, 16),
+                    expected,
+                    "orientation {value}, {region:?}"
+                );
             }
         }
     }

@@ -22,15 +22,17 @@ from pictures import (
 )
 from PIL import Image
 
-from imagine_opd.types import Box, Row, RowViews, ViewError
-from imagine_opd.views import check_images, make_views
+from imagine_opd.errors import ConfigError, ImageError
+from imagine_opd.types import Box, Row, RowViews, Tiling, ViewError
+from imagine_opd.views import check_images, make_views, process_images
 
 ERRORS = [
     ({"image": "no/such.jpg"}, "missing", "no/such.jpg does not exist"),
     ({"image": "."}, "unreadable", "image . cannot be read (it is a directory)"),
     ({"image": os.devnull}, "unreadable", "it is not a regular file"),
-    ({"image": 7}, "unreadable", "image 0 is a int; expected bytes, a path or a PIL image"),
+    ({"image": 7}, "unreadable", "image 0 is a int; expected bytes, a path, an array or a PIL image"),
     ({"image": png_header(100_000, 100_000)}, "too_large", "100000x100000 pixels, over max_image_pixels=178956970"),
+    ({"image": png_header(1_000_001, 1)}, "too_large", "1000001x1 pixels, a side over 1000000; cut the image up"),
     ({"image": GOOD + bytes(1 << 20)}, "too_large", "over max_image_bytes=1048576"),
     ({"image": Image.new("1", (20_000, 9_000))}, "too_large", "image 0 is 20000x9000 pixels, over max_image_pixels="),
     ({"image": "\ud800.png"}, "unreadable", "image 0 is the path '\\ud800.png', which no file can have"),
@@ -44,7 +46,7 @@ ERRORS = [
     ({"image": JPEG[: len(JPEG) // 2]}, "truncated", "is truncated"),
     ({"image": GOOD[: len(GOOD) // 2]}, "truncated", "is truncated (the data ends early)"),
     ({"image": b""}, "truncated", "the file is empty"),
-    ({"image": b"GIF89a"}, "undecodable", "expected an intact JPEG, PNG or WebP"),
+    ({"image": b"BM6\0\0\0"}, "undecodable", "expected an intact JPEG, PNG, WebP or GIF"),
     ({"image": GOOD, "boxes": [(-1.5, 0, 10, 10)]}, "box_outside", "outside its image of 200x100 pixels"),
     ({"image": GOOD, "boxes": [(0, 0, 10, 101.5)]}, "box_outside", "expected 0 <= x0 < x1 <= 200 and 0 <= y0"),
     ({"image": GOOD, "boxes": [(9, 4, 9, 20)]}, "box_empty", "box (9, 4, 9, 20) has no width; expected x0 < x1"),
@@ -133,16 +135,18 @@ class TestHostile:
         encode(draw_image(120, 90, mode="P")),
         encode(draw_image(120, 90), "WEBP", lossless=True),
         encode(draw_image(120, 90), "WEBP", quality=80),
+        encode(draw_image(120, 90, mode="P"), "GIF"),
     )
+    NAMES = ("jpeg", "progressive", "png", "palette", "lossless", "lossy", "gif")
 
-    @pytest.mark.parametrize("data", SAMPLES, ids=["jpeg", "progressive", "png", "palette", "lossless", "lossy"])
+    @pytest.mark.parametrize("data", SAMPLES, ids=NAMES)
     def test_truncated_file_is_an_error_at_every_cut(self, data):
         cuts = [len(data) * step // 20 for step in range(20)] + [len(data) - 9, len(data) - 1]
         for found in make_views([{"image": data[:cut]} for cut in cuts], CONFIG):
             assert isinstance(found, ViewError)
             assert found.reason in {"truncated", "undecodable"}, found
 
-    @pytest.mark.parametrize("data", SAMPLES, ids=["jpeg", "progressive", "png", "palette", "lossless", "lossy"])
+    @pytest.mark.parametrize("data", SAMPLES, ids=NAMES)
     def test_flipped_bytes_give_pixels_or_an_error(self, data):
         rng = random.Random(11)
         rows = []
@@ -196,3 +200,49 @@ class TestHostile:
         assert isinstance(found, ViewError)
         assert "holds a frame of 640x480 pixels where its header says 32x32" in found.message
         assert make_views([{"image": data}], CONFIG) == [found]
+
+
+@pytest.mark.parametrize(
+    ("family", "pinpoints"),
+    [
+        ("llava_next", (336, 672)),
+        ("llava_next", None),
+        ("llava_next", ((336 * 2**40, 336),)),
+        ("llava_next", ()),
+        ("internvl", None),
+        ("internvl", ((1, -1),)),
+    ],
+)
+def test_pinpoints_that_are_no_sizes_are_named(family, pinpoints):
+    config = dataclasses.replace(CONFIG, tiling=Tiling(family, 336, pinpoints=pinpoints))
+    with pytest.raises(ConfigError, match=r"^Tiling\.pinpoints is .*; expected \(height, width\) pairs"):
+        make_views([], config)
+
+
+def test_config_of_another_type_is_named():
+    with pytest.raises(ConfigError, match=r"^the config is \{'max_pixels': 9\}; expected a ViewConfig"):
+        make_views([], {"max_pixels": 9})
+
+
+def test_crop_that_cannot_be_cut_is_named_by_its_box():
+    tiling = Tiling("gemma3", 32, min_crop_px=1, max_crops=4, min_ratio=1.2)
+    config = dataclasses.replace(CONFIG, tiling=tiling, teacher_global=False)
+    (found,) = make_views([{"image": GOOD, "boxes": [(1, 1, 6, 2)]}], config, sides=("teacher",))
+    expected = (
+        "row 0: box (1, 1, 6, 2) gives a crop that is 5x1 pixels, too few for 4 crops; raise min_crop_px or lower"
+    )
+    assert (found.reason, found.message[: len(expected)]) == ("aspect", expected)
+
+
+def test_array_with_too_long_a_side_is_refused():
+    (found,) = make_views([{"image": np.zeros((1_000_001, 1, 3), np.uint8)}], CONFIG)
+    assert found.reason == "too_large"
+    assert "is 1x1000001 pixels, a side over 1000000; cut the image up" in found.message
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), 7, "bad\0path"]
+)
+def test_image_that_cannot_be_processed_is_named_by_its_sample(image):
+    with pytest.raises(ImageError, match=r"^sample 1: image 1 |^sample 1: image bad"):
+        process_images([[GOOD], [GOOD, image]], CONFIG)

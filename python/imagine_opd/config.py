@@ -68,6 +68,11 @@ class ImagineOPDConfig(TrainingArguments):
         min_pixels, max_pixels: budget of the global image, as an area.
         crop_min_pixels, crop_max_pixels: budget of an evidence crop; a minimum above its size zooms in.
         box_margin: share of a box's side added on each edge; min_crop_px: minimum side of a crop.
+        merge_overlap: crops that share more than this part of the smaller one become one; reading_order: crops line by
+        line instead of as given; highlight: `none`, or the crops' borders on the global image of `teacher` or `both`.
+        student_scale, student_blur_px: in training the student's image is shrunk to this share and blown up again, and
+        blurred with this deviation, as in S²VOPD.
+        scaled_decode: JPEGs decoded at 1/2 to 1/8 where views shrink by as much; faster, not exact.
         max_image_pixels: refuse larger originals before decoding; view_threads: 0 for all cores.
 
     Prompts
@@ -113,6 +118,12 @@ class ImagineOPDConfig(TrainingArguments):
     crop_max_pixels: int | None = field(default=None, metadata={"help": "Largest area of a crop."})
     box_margin: float = field(default=0.1, metadata={"help": "Share of a box's side added on each edge."})
     min_crop_px: int = field(default=28, metadata={"help": "Minimum side of a crop, original pixels."})
+    merge_overlap: float | None = field(default=None, metadata={"help": "Join crops that share more than this part."})
+    reading_order: bool = field(default=False, metadata={"help": "Crops line by line instead of as given."})
+    highlight: str = field(default="none", metadata={"help": "Borders of crops on the image: none, teacher or both."})
+    student_scale: float = field(default=1.0, metadata={"help": "In training, the student's image at this scale."})
+    student_blur_px: float = field(default=0.0, metadata={"help": "In training, a blur of the student's image."})
+    scaled_decode: bool = field(default=False, metadata={"help": "Faster JPEG decoding, not exact."})
     max_image_pixels: int = field(default=178_956_970, metadata={"help": "Refuse larger originals."})
     view_threads: int = field(default=0, metadata={"help": "Threads for views; 0: all cores."})
 
@@ -192,6 +203,7 @@ _CHOICES = {
     "kernel_backend": ("auto", "triton", "reference"),
     "model_dtype": ("float32", "bfloat16", "float16", "auto"),
     "box_format": ("xyxy", "xywh", "xyxy_1000"),
+    "highlight": ("none", "teacher", "both"),
     "bad_rows": ("raise", "skip"),
 }
 _RANGES = {
@@ -215,6 +227,9 @@ _RANGES = {
     "crop_max_pixels": (1, None),
     "box_margin": (0.0, None),
     "min_crop_px": (1, None),
+    "merge_overlap": (0.0, 1.0),
+    "student_scale": (1e-4, 1.0),
+    "student_blur_px": (0.0, 1000.0),
     "max_image_pixels": (1, None),
     "view_threads": (0, None),
     "per_device_train_batch_size": (1, None),

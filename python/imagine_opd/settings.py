@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from imagine_opd.config import ImagineOPDConfig
+from imagine_opd.errors import ConfigError
 from imagine_opd.prompts import PromptConfig
 from imagine_opd.rollout import SamplingConfig
 from imagine_opd.types import ViewConfig
@@ -12,18 +13,30 @@ from imagine_opd.views import view_config_from
 
 _BUDGETS = ("min_pixels", "max_pixels", "crop_min_pixels", "crop_max_pixels")
 
+_CROPS = ("box_margin", "min_crop_px", "merge_overlap", "reading_order", "highlight")
 
-def make_view_config(processor: Any, args: ImagineOPDConfig) -> ViewConfig:
-    """The processor's image settings with the config's own where it has some."""
+
+def make_view_config(processor: Any, args: ImagineOPDConfig, *, training: bool = False) -> ViewConfig:
+    """The processor's image settings with the config's own where it has some; the student's image is degraded in
+    `training` only."""
     overrides = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
-    return view_config_from(
+    if training:
+        overrides |= {"student_scale": args.student_scale, "student_blur_px": args.student_blur_px}
+    config = view_config_from(
         processor.image_processor,
         **overrides,
-        box_margin=args.box_margin,
-        min_crop_px=args.min_crop_px,
+        **{name: getattr(args, name) for name in _CROPS},
+        scaled_decode=args.scaled_decode,
         max_image_pixels=args.max_image_pixels,
         num_threads=args.view_threads,
     )
+    if config.tiling is not None:
+        kind = type(processor.image_processor).__name__
+        raise ConfigError(
+            f"{kind} cuts images into frames ({config.tiling.family}); training and evaluation take models of the "
+            "Qwen-VL families, imagine_opd.views makes the pixels of the others too"
+        )
+    return config
 
 
 def make_prompt_config(args: ImagineOPDConfig) -> PromptConfig:

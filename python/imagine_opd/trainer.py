@@ -85,7 +85,7 @@ class ImagineOPDTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split the rows of a micro-batch under our feet
         self.processor = copy.deepcopy(load_processor(processor, model))
         student = load_model(model, args.model_dtype)
-        self.view_config = make_view_config(self.processor, args)
+        self.view_config = make_view_config(self.processor, args, training=True)
         # The budget the model is trained with travels in its own processor, for every tool that loads it.
         budget = {"shortest_edge": self.view_config.min_pixels, "longest_edge": self.view_config.max_pixels}
         self.processor.image_processor.size = type(self.processor.image_processor.size)(**budget)

@@ -1,49 +1,117 @@
 """Rows to views: decode each image once, keep it whole for the student, add the evidence crops for the teacher.
 
 Rows come as `types.Row` or as mappings; each gives a `RowViews`, or a `ViewError` that says what to fix. The
-pixels are made in Rust (`_rust`) and equal those of transformers' `Qwen2VLImageProcessor` given the same files.
+pixels are made in Rust (`_rust`) and equal those of transformers' image processors given the same files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import multiprocessing
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from imagine_opd import _rust
-from imagine_opd.data.rows import encode_image, place_boxes
-from imagine_opd.errors import ConfigError, RowError
-from imagine_opd.types import Box, ImageRef, Row, RowViews, View, ViewConfig, ViewError
+from imagine_opd.data.rows import flatten_image, place_boxes
+from imagine_opd.errors import ConfigError, ImageError, RowError
+from imagine_opd.families import view_config_from
+from imagine_opd.types import (
+    Box,
+    ImageRef,
+    ProcessedImages,
+    Row,
+    RowViews,
+    View,
+    ViewConfig,
+    ViewError,
+    ViewSizes,
+)
+from imagine_opd.view_checks import MAX_THREADS, check_view_config
 
-__all__ = ["RowViews", "View", "ViewConfig", "ViewError", "check_images", "make_views", "view_config_from"]
+__all__ = [
+    "RowViews",
+    "View",
+    "ViewConfig",
+    "ViewError",
+    "check_images",
+    "clear_cache",
+    "make_views",
+    "measure_views",
+    "process_images",
+    "view_config_from",
+]
 
-MAX_THREADS = 1024
-_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+_SIDES = ("student", "teacher")
 
 
-def make_views(rows: Iterable[Row | Mapping[str, Any]], config: ViewConfig | None = None) -> list[RowViews | ViewError]:
+def make_views(
+    rows: Iterable[Row | Mapping[str, Any]],
+    config: ViewConfig | None = None,
+    *,
+    sides: Sequence[str] = _SIDES,
+    progress: Callable[[int, int], Any] | None = None,
+) -> list[RowViews | ViewError]:
     """Make student and teacher views of each row, in order.
 
     The teacher sees the row's images and then one crop per box, in box order; the student's `pixel_values` are
-    the leading rows of the same memory. A row that cannot be made is a `ViewError`; the others are not held up.
-    Rows that share an image (the same path, or the same bytes object) share its decoding.
+    the leading ones of the same memory. A row that cannot be made is a `ViewError`; the others are not held up.
+    Rows that share an image (the same path, or the same bytes object) share its decoding. `sides=("teacher",)`
+    leaves the student's views empty. `progress` is told (images done, images in all)
+    about every 50 ms; what it raises stops the batch, and so does Ctrl-C.
 
     Raises:
         ConfigError: a field of `config` has a bad value.
     """
-    config = _check_config(config or ViewConfig())
+    config = _prepare_config(config)
+    student = _wants_student(sides)
     entries = [_read_row(index, row, config) for index, row in enumerate(rows)]
-    made = iter(_rust.make_views([row for row in entries if isinstance(row, Row)], config))
+    good = [row for row in entries if isinstance(row, _Sample)]
+    samples, plans = _rust.make_views(good, config, student, progress)
+    samples = _shape_samples(samples, config)
+    found = iter(plans)
     return [
-        row if isinstance(row, ViewError) else _build_views(index, row, next(made)) for index, row in enumerate(entries)
+        row if isinstance(row, ViewError) else _build_views(index, row, samples, next(found), config)
+        for index, row in enumerate(entries)
     ]
+
+
+def measure_views(
+    rows: Iterable[Row | Mapping[str, Any]], config: ViewConfig | None = None, *, sides: Sequence[str] = _SIDES
+) -> list[ViewSizes | ViewError]:
+    """Say how many patches or frames each row's views will have, reading only the headers of their images.
+
+    Prompts can be laid out from it before any pixel exists. A file that is damaged behind its header is measured
+    here and fails in `make_views`.
+
+    Raises:
+        ConfigError: a field of `config` has a bad value.
+    """
+    config = _prepare_config(config)
+    student = _wants_student(sides)
+    entries = [_read_row(index, row, config) for index, row in enumerate(rows)]
+    found = iter(_rust.plan_rows([row for row in entries if isinstance(row, _Sample)], config, student))
+    measured: list[ViewSizes | ViewError] = []
+    for index, row in enumerate(entries):
+        if isinstance(row, ViewError):
+            measured.append(row)
+            continue
+        plan = next(found)
+        if len(plan) == 2:
+            measured.append(_name_error(index, row.source, *plan))
+            continue
+        _, views, (of_student, of_teacher, _), *_, sizes = plan
+        counts = [frames for frames, _, _ in views]
+        student_counts, teacher_counts = (tuple(counts[slice(*place)]) for place in (of_student, of_teacher))
+        measured.append(ViewSizes(index, student_counts, teacher_counts, tuple(sizes)))
+    return measured
 
 
 def check_images(rows: Iterable[Row | Mapping[str, Any]], config: ViewConfig | None = None) -> list[ViewError | None]:
@@ -54,123 +122,90 @@ def check_images(rows: Iterable[Row | Mapping[str, Any]], config: ViewConfig | N
     Raises:
         ConfigError: a field of `config` has a bad value.
     """
-    config = _check_config(config or ViewConfig())
-    entries = [_read_row(index, row, config) for index, row in enumerate(rows)]
-    found = iter(_rust.check_rows([row for row in entries if isinstance(row, Row)], config))
-    errors: list[ViewError | None] = []
-    for index, row in enumerate(entries):
-        if isinstance(row, ViewError):
-            errors.append(row)
-        else:
-            failure = next(found)
-            errors.append(None if failure is None else _name_error(index, row.source, *failure))
-    return errors
+    return [found if isinstance(found, ViewError) else None for found in measure_views(rows, config)]
 
 
-def view_config_from(image_processor: Any, **overrides: Any) -> ViewConfig:
-    """Read the `ViewConfig` under which views equal those of a transformers `Qwen2VLImageProcessor`.
+def process_images(
+    samples: Sequence[Sequence[ImageRef | npt.NDArray[np.uint8]]], config: ViewConfig
+) -> ProcessedImages:
+    """Make the pixels of the images of each sample (one prompt's images), as a model's image processor would.
 
-    `overrides` are further fields of `ViewConfig` (crop budget, margins, limits, threads).
+    An array is RGB8 `[height, width, 3]`. Nothing is left out: the first image that cannot be made stops
+    the batch. What `config` says of students, teachers and evidence does nothing.
 
     Raises:
-        ConfigError: the processor is of another kind, or does something that views do not.
+        ConfigError: a field of `config` has a bad value.
+        ImageError: names the image and what is wrong with it.
     """
-    kind = type(image_processor).__name__
-    fields: dict[str, Any] = {}
-    for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "size"):
-        fields[name] = getattr(image_processor, name, None)
-        if fields[name] is None:
-            raise ConfigError(f"{kind} has no {name}; expected an image processor of the Qwen-VL families")
-    for name in ("do_resize", "do_rescale", "do_normalize"):
-        value = getattr(image_processor, name, None)
-        if value is not True:
-            raise ConfigError(f"{kind}.{name} is {value!r}; expected True: views are resized and normalised")
-    resample = getattr(image_processor, "resample", None)
-    if resample != _BICUBIC:
-        raise ConfigError(f"{kind}.resample is {resample!r}; expected bicubic ({_BICUBIC})")
-    rescale = getattr(image_processor, "rescale_factor", None)
-    if rescale != 1 / 255:
-        raise ConfigError(f"{kind}.rescale_factor is {rescale!r}; expected 1/255")
-    size = fields.pop("size")
-    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        fields[name] = size.get(edge) if isinstance(size, Mapping) else getattr(size, edge, None)
-        if fields[name] is None:
-            raise ConfigError(f"{kind}.size is {size!r}; expected shortest_edge and longest_edge, in square pixels")
-    for name in ("image_mean", "image_std"):
-        fields[name] = tuple(fields[name])
-    unknown = sorted(overrides.keys() - {field.name for field in dataclasses.fields(ViewConfig)})
-    if unknown:
-        raise ConfigError(f"ViewConfig has no field {unknown[0]!r}; see imagine_opd.types.ViewConfig")
-    return _check_config(ViewConfig(**{**fields, **overrides}))
+    config = _prepare_config(config)
+    if not config.teacher_global or config.neutral != "none":
+        config = dataclasses.replace(config, teacher_global=True, neutral="none")
+    read: list[_Sample] = []
+    for index, images in enumerate(samples):
+        refs = [_read_image(image) for image in images]
+        for position, ref in enumerate(refs):
+            if isinstance(ref, str):
+                raise ImageError(f"sample {index}: image {position} {ref}")
+        read.append(_Sample([ref for ref in refs if not isinstance(ref, str)]))
+    # The teacher's views of rows without boxes are the images as they are.
+    made, plans = _rust.make_views(read, config, student=False)
+    frames: list[int] = []
+    grids: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int]] = []
+    for index, plan in enumerate(plans):
+        if len(plan) == 2:
+            raise ImageError(f"sample {index}: {plan[1]}")
+        for count, rows, columns in plan[1]:
+            frames.append(count)
+            grids.append((rows, columns))
+        sizes.extend(plan[5])
+    return ProcessedImages(_shape_samples(made, config), tuple(frames), tuple(grids), tuple(sizes))
 
 
-def _check_config(config: ViewConfig) -> ViewConfig:
-    smallest = {
-        "patch_size": 1,
-        "merge_size": 1,
-        "temporal_patch_size": 1,
-        "min_pixels": 1,
-        "max_pixels": 1,
-        "crop_min_pixels": 1,
-        "crop_max_pixels": 1,
-        "min_crop_px": 1,
-        "max_image_pixels": 1,
-        "max_image_bytes": 1,
-        "num_threads": 0,
-    }
-    largest = {
-        "patch_size": 1024,
-        "merge_size": 64,
-        "temporal_patch_size": 64,
-        "max_image_pixels": 2**40,
-        "max_image_bytes": 2**40,
-        "num_threads": MAX_THREADS,
-    }
-    for name, low in smallest.items():
-        value = getattr(config, name)
-        if value is None and name.startswith("crop_"):
-            continue
-        high = largest.get(name, 2**31 - 1)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"ViewConfig.{name} is {value!r}; expected a whole number from {low} to {high}")
-    _check_budget("min_pixels", config.min_pixels, "max_pixels", config.max_pixels)
-    crop_min = config.min_pixels if config.crop_min_pixels is None else config.crop_min_pixels
-    crop_max = config.max_pixels if config.crop_max_pixels is None else config.crop_max_pixels
-    _check_budget("crop_min_pixels", crop_min, "crop_max_pixels", crop_max)
-    margin = config.box_margin
-    if not _is_finite(margin) or margin < 0:
-        raise ConfigError(f"ViewConfig.box_margin is {margin!r}; expected a finite number of at least 0")
-    for name in ("image_mean", "image_std"):
-        values = getattr(config, name)
-        if not isinstance(values, Sequence) or len(values) != 3 or not all(map(_is_finite, values)):
-            raise ConfigError(f"ViewConfig.{name} is {values!r}; expected three finite numbers")
-    if not all(value > 0 for value in config.image_std):
-        raise ConfigError(f"ViewConfig.image_std is {config.image_std!r}; expected numbers above 0")
-    with np.errstate(all="ignore"):  # the darkest and brightest value of a channel, as Rust computes them
-        mean, std = np.array([config.image_mean, config.image_std], np.float64).astype(np.float32) * np.float32(255)
-        extremes = np.stack([(np.float32(byte) - mean) / std for byte in (0, 255)])
-    for name, held in (("image_mean", np.isfinite(mean)), ("image_std", np.isfinite(std) & np.isfinite(extremes))):
-        if not held.all():
-            raise ConfigError(f"ViewConfig.{name} is {getattr(config, name)!r}; expected numbers that float32 holds")
+def clear_cache() -> None:
+    """Let go of what this process keeps between batches: finished views (`ViewConfig.cache_bytes`), and the memory of
+    the last large batch."""
+    _rust.clear_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """A row as Rust takes it."""
+
+    images: Sequence[ImageRef | npt.NDArray[np.uint8]]
+    boxes: tuple[Box, ...] = ()
+    source: str = ""
+
+
+def _wants_student(sides: Sequence[str]) -> bool:
+    if isinstance(sides, str) or set(sides) - set(_SIDES) or "teacher" not in sides:
+        raise ConfigError(f'sides is {sides!r}; expected ("student", "teacher") or ("teacher",)')
+    return "student" in sides
+
+
+def _prepare_config(config: ViewConfig | None) -> ViewConfig:
+    config = check_view_config(config or ViewConfig())
+    if config.num_threads:
+        return config
+    told = os.environ.get("IMAGINE_OPD_NUM_THREADS", "")
+    if told:
+        if not told.isdecimal() or not 1 <= int(told) <= MAX_THREADS:
+            raise ConfigError(f"IMAGINE_OPD_NUM_THREADS is {told!r}; expected a whole number from 1 to {MAX_THREADS}")
+        return dataclasses.replace(config, num_threads=int(told))
+    if multiprocessing.parent_process() is not None:  # a data loader's worker, one of many
+        return dataclasses.replace(config, num_threads=1)
     return config
 
 
-def _check_budget(low_name: str, low: int, high_name: str, high: int) -> None:
-    if low > high:
-        raise ConfigError(f"ViewConfig.{low_name} is {low}, over {high_name}={high}; expected it to be at most that")
+def _shape_samples(samples: npt.NDArray[Any], config: ViewConfig) -> npt.NDArray[Any]:
+    if config.tiling is None:
+        return samples
+    side = config.tiling.frame_px
+    return samples.reshape(len(samples), 3, side, side)
 
 
-def _is_finite(value: object) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float holds
-        return False
-
-
-def _read_row(index: int, row: object, config: ViewConfig) -> Row | ViewError:
-    """The row with every image as bytes or path and every box as a `Box`, or what is wrong with its form."""
+def _read_row(index: int, row: object, config: ViewConfig) -> _Sample | ViewError:
+    """The row with every image as bytes, path or array and every box as a `Box`, or what is wrong with its form."""
     images: Any
     boxes: Any
     box_images: Any = None
@@ -186,11 +221,12 @@ def _read_row(index: int, row: object, config: ViewConfig) -> Row | ViewError:
         return _name_error(index, "", "no_image", text)
     if not isinstance(images, (list, tuple)):
         images = () if images is None else (images,)
-    refs: list[ImageRef] = []
+    refs: list[ImageRef | npt.NDArray[np.uint8]] = []
     for position, image in enumerate(images):
         limit = config.max_image_pixels
-        if isinstance(image, Image.Image) and image.width * image.height > limit:  # before it is loaded
-            size = f"{image.width}x{image.height} pixels, over max_image_pixels={limit}"
+        width, height = _measure_image(image)
+        if width * height > limit:  # before it is loaded or copied
+            size = f"{width}x{height} pixels, over max_image_pixels={limit}"
             text = f"image {position} is {size}; shrink the image or raise the limit"
             return _name_error(index, source, "too_large", text)
         ref = _read_image(image)
@@ -209,11 +245,20 @@ def _read_row(index: int, row: object, config: ViewConfig) -> Row | ViewError:
             text = f"box {box!r} is not four numbers; expected (x0, y0, x1, y1), in pixels after EXIF"
             return _name_error(index, source, "box_not_finite", text)
         placed.append(read)
-    return Row(images=tuple(refs), question="", boxes=tuple(placed), source=source)
+    return _Sample(images=refs, boxes=tuple(placed), source=source)
 
 
-def _read_image(image: object) -> ImageRef | str:
-    """The image as bytes or path, or what is wrong with it."""
+def _measure_image(image: object) -> tuple[int, int]:
+    """(width, height) of a picture in memory; of others nothing is known yet."""
+    if isinstance(image, Image.Image):
+        return image.size
+    if isinstance(image, np.ndarray) and image.ndim == 3:
+        return image.shape[1], image.shape[0]
+    return 0, 0
+
+
+def _read_image(image: object) -> ImageRef | npt.NDArray[np.uint8] | str:
+    """The image as bytes, path or array, or what is wrong with it."""
     if isinstance(image, Mapping):  # the undecoded image feature of `datasets`
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
@@ -226,10 +271,14 @@ def _read_image(image: object) -> ImageRef | str:
         except UnicodeError:
             return f"is the path {str(image)!r}, which no file can have; expected text that can be encoded"
         return image if isinstance(image, Path) else Path(os.fsdecode(image))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            return f"is an array of {image.dtype} {image.shape}; expected uint8 (height, width, 3), RGB"
+        return np.ascontiguousarray(image)
     if not isinstance(image, Image.Image):
-        return f"is a {type(image).__name__}; expected bytes, a path or a PIL image"
+        return f"is a {type(image).__name__}; expected bytes, a path, an array or a PIL image"
     try:
-        return encode_image(image)
+        return flatten_image(image)
     except Exception as error:  # whatever a Pillow plugin raises for the file behind a lazy image
         return f"is a PIL image that cannot be read ({error}); expected one that loads"
 
@@ -248,17 +297,37 @@ def _read_box(box: object, image: int) -> Box | None:
     return Box(x0, y0, x1, y1, image=image)
 
 
-def _build_views(index: int, row: Row, made: tuple[Any, ...]) -> RowViews | ViewError:
-    if len(made) == 2:
-        return _name_error(index, row.source, *made)
-    pixel_values, grids, student_patches, crops, sizes = made
-    grid_thw = np.array([(1, rows, columns) for rows, columns in grids], dtype=np.int64)
+def _build_views(
+    index: int, row: _Sample, samples: npt.NDArray[Any], plan: Any, config: ViewConfig
+) -> RowViews | ViewError:
+    if len(plan) == 2:
+        return _name_error(index, row.source, *plan)
+    start, views, (student, teacher, neutral), crops, crop_of_box, sizes = plan
+    starts = [start, *(start + place for place in np.cumsum([frames for frames, _, _ in views]).tolist())]
+    globals_seen = len(sizes) if config.teacher_global else 0
+    crop_sizes = [(right - left, bottom - top) for left, top, right, bottom, _ in crops]
+    teacher_sizes = (*sizes[:globals_seen], *crop_sizes)
+
+    def build(place: tuple[int, int], source_sizes: Sequence[tuple[int, int]]) -> View:
+        first, last = place
+        grids = [(rows, columns) for _, rows, columns in views[first:last]]
+        thw = [(1, rows, columns) for rows, columns in grids] if config.tiling is None else []
+        return View(
+            pixel_values=samples[starts[first] : starts[last]],
+            image_grid_thw=np.array(thw, dtype=np.int64).reshape(-1, 3),
+            frame_counts=tuple(frames for frames, _, _ in views[first:last]),
+            tile_grids=tuple(grids),
+            source_sizes=tuple(source_sizes[: last - first]),
+        )
+
     return RowViews(
         row=index,
-        student=View(pixel_values[:student_patches], grid_thw[: len(sizes)]),
-        teacher=View(pixel_values, grid_thw),
+        student=build(student, sizes),
+        teacher=build(teacher, teacher_sizes),
         crop_boxes=tuple(Box(*crop) for crop in crops),
         image_sizes=tuple(sizes),
+        crop_of_box=tuple(crop_of_box),
+        neutral=None if config.neutral == "none" else build(neutral, teacher_sizes),
     )
 
 

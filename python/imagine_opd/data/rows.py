@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from imagine_opd._rust import read_size
 from imagine_opd.errors import RowError
 from imagine_opd.types import Box, ImageRef, Row
@@ -100,19 +102,31 @@ def _parse_image(image: Any, context: RowContext) -> ImageRef:
 
 
 def encode_image(image: Any) -> bytes:
-    """A PIL image as PNG bytes, alpha blended on white as recent transformers do with one. Its EXIF is not applied: a
-    PIL image is taken as it stands. Raises `OSError` or `ValueError` for a lazy image whose file cannot be read."""
+    """A PIL image as PNG bytes of what `flatten_image` makes of it. Raises `OSError` or `ValueError` for a lazy image
+    whose file cannot be read."""
+    from PIL import Image
+
+    kept = image.mode in _PNG_MODES and "transparency" not in image.info
+    buffer = io.BytesIO()
+    # Level 1: these bytes live in memory and are decoded again at once, so speed matters more than size.
+    image = image if kept else Image.fromarray(flatten_image(image))
+    image.save(buffer, format="PNG", compress_level=1, exif=b"")
+    return buffer.getvalue()
+
+
+def flatten_image(image: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A PIL image as RGB8 `[height, width, 3]`, alpha blended on white as recent transformers do with one. Its EXIF is
+    not applied: a PIL image is taken as it stands. Raises `OSError` or `ValueError` for a lazy image whose file cannot
+    be read."""
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         from PIL import Image
 
         rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
-    elif image.mode not in _PNG_MODES:
-        image = image.convert("RGB")
-    buffer = io.BytesIO()
-    # Level 1: these bytes live in memory and are decoded again at once, so speed matters more than size.
-    image.save(buffer, format="PNG", compress_level=1, exif=b"")
-    return buffer.getvalue()
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+    elif image.mode.startswith("I;16"):  # the high byte, as of a file with 16 bits
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))
 
 
 def _resolve_path(image: str | Path, context: RowContext) -> Path:
