@@ -4,12 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUST_SOURCES := Cargo.toml $(wildcard Cargo.lock) build.rs $(wildcard rust/*.rs rust/*.c)
+FUZZ_SECONDS ?= 600
+# For the C libraries. Their build also links tools, in which libFuzzer's functions are missing.
+FUZZ_CFLAGS := -fsanitize=address -fsanitize-coverage=trace-pc,trace-cmp -fno-omit-frame-pointer
+FUZZ_LDFLAGS := -Wl,--unresolved-symbols=ignore-all
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs clean
+.PHONY: help setup demo test check bench fuzz docs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -45,6 +49,16 @@ check: setup  ## Lint, types, stub, import floors, Rust format, lints and tests
 
 bench: setup  ## Benchmark views and kernels against their peers on this machine
 	$(BIN)/python -m pytest benches --benchmark-only
+
+fuzz: setup  ## Fuzz decoding, views and plans, FUZZ_SECONDS=600 each (nightly Rust and cargo-fuzz)
+	@cargo +nightly fuzz --version >/dev/null 2>&1 || { echo "make fuzz needs nightly Rust and cargo-fuzz:" \
+	  "rustup toolchain install nightly && cargo install cargo-fuzz"; exit 1; }
+	@for run in decode:images views:images plan:plan; do \
+	  mkdir -p fuzz/corpus/$${run%:*} && \
+	  CFLAGS="$(FUZZ_CFLAGS)" LDFLAGS="$(FUZZ_LDFLAGS)" cargo +nightly fuzz run $${run%:*} fuzz/corpus/$${run%:*} \
+	    fuzz/seeds/$${run#*:} -- -max_total_time=$(FUZZ_SECONDS) -max_len=32768 -timeout=20 -malloc_limit_mb=32 \
+	    || exit 1; \
+	done
 
 docs: setup  ## Rewrite the generated parts of docs/ (the command line's help)
 	$(BIN)/python scripts/write_cli_help.py
