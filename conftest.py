@@ -1,27 +1,33 @@
-"""The command line's `--benchmark`: run the kernel benches instead of the tests and print their profile table."""
+"""The command line's `--benchmark`: run the benches instead of the tests; their tables at the end of the run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from benches import KERNEL_BENCHES, VIEW_BENCHES
 from benches.results import RESULTS
+from benches.view_table import VIEW_RESULTS
 
 ROOT = Path(__file__).parent
-KERNEL_BENCHES = ("benches/bench_token_stats.py", "benches/bench_linear_token_stats.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("kernel benches")
-    group.addoption("--benchmark", action="store_true", help="run the kernel benches and print their profile table")
+    group = parser.getgroup("benches")
+    group.addoption(
+        "--benchmark", action="store_true", help="run the kernel benches, take a quick look at the views, print tables"
+    )
     group.addoption(
         "--bench-shapes",
         choices=("target", "small", "tiny"),
-        help="shapes of the kernel benches (default: target on a GPU, small on a CPU)",
+        help="shapes of the kernel benches (default: target on a GPU, small on a CPU); tiny makes pictures small too",
     )
     group.addoption("--bench-seconds", type=float, help="skip benches that have not begun after so many seconds")
     group.addoption(
-        "--bench-rows", metavar="FILE", help="append each row of the profile table to FILE, one JSON a line"
+        "--bench-rows", metavar="FILE", help="append each row of the kernels' table to FILE, one JSON a line"
+    )
+    group.addoption(
+        "--bench-baseline", metavar="FILE", help="write the views' table to FILE (benches/baselines/views_cpu.json)"
     )
 
 
@@ -29,8 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("benchmark"):
         return
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
-        config.args = [str(ROOT / path) for path in KERNEL_BENCHES]
-    # The profile table says it all; `--benchmark-verbose` brings pytest-benchmark's own back.
+        config.args = [str(ROOT / path) for path in (*KERNEL_BENCHES, *VIEW_BENCHES)]
+    # The tables say it all; `--benchmark-verbose` brings pytest-benchmark's own back.
     config.option.benchmark_quiet = True
 
 
@@ -39,3 +45,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if results is not None and (results.rows or results.left_out):
         terminalreporter.section("kernels and their peers")
         terminalreporter.write_line(results.render())
+    views = config.stash.get(VIEW_RESULTS, None)
+    if views is None or not (views.rows or views.left_out):
+        return
+    terminalreporter.section("views and their peers")
+    terminalreporter.write_line(views.render())
+    baseline = config.getoption("bench_baseline")
+    if baseline:
+        from benches.environment import describe_environment
+
+        views.write(Path(baseline), describe_environment())

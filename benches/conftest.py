@@ -1,18 +1,22 @@
-"""Fixtures of the kernel benches: the runner that compares, times and records, and the run's end of time."""
+"""Fixtures of the benches: what compares, times and records, the pictures of the views, and the run's end of time."""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benches.cases import Runner
 from benches.ceilings import measure_ceilings
-from benches.environment import describe_device
+from benches.environment import describe_cpu, describe_device
 from benches.measure import find_device
 from benches.results import RESULTS, Results
 from benches.shapes import choose_size
+from benches.view_files import Pictures, choose_level
+from benches.view_table import VIEW_RESULTS, ViewResults
 
 SECONDS_BY_SIZE = {"tiny": 0.0, "small": 1.0, "target": 2.0}
 """How long the implementations of a case take turns; three rounds at least."""
@@ -48,11 +52,31 @@ def runner(request: pytest.FixtureRequest) -> Runner:
     )
 
 
+@pytest.fixture(scope="session")
+def pictures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+    """Files of the level that the command line asks for."""
+    return Pictures(tmp_path_factory.mktemp("pictures"), choose_level(request.config))
+
+
+@pytest.fixture(scope="session")
+def view_results(request: pytest.FixtureRequest) -> Iterator[ViewResults]:
+    """What the views' benches find. Transformers' line on torchvision's decoder is kept out of the log."""
+    from benches.view_peers import is_news
+
+    results = ViewResults(describe_cpu(), choose_level(request.config).name)
+    request.config.stash[VIEW_RESULTS] = results
+    log = logging.getLogger("transformers.image_utils")
+    log.addFilter(is_news)
+    yield results
+    log.removeFilter(is_news)
+
+
 @pytest.fixture(autouse=True)
-def skip_when_time_is_up(request: pytest.FixtureRequest, runner: Runner) -> None:
+def skip_when_time_is_up(request: pytest.FixtureRequest) -> None:
     """`--bench-seconds`: what has not begun by then is skipped, and listed as left out."""
     seconds = request.config.getoption("bench_seconds")
     if seconds is not None and time.monotonic() - STARTED > seconds:
         reason = f"not begun within {seconds:g} s"
-        runner.leave_out(request.node.name, reason)
+        kept = "view_results" if "view_results" in request.fixturenames else "runner"
+        request.getfixturevalue(kept).leave_out(request.node.name, reason)
         pytest.skip(reason)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -17,7 +18,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("imagine-opd", "torch", "triton", "transformers", "numpy", "liger-kernel", "trl", "cut-cross-entropy")
+PACKAGES = (
+    "imagine-opd",
+    "torch",
+    "torchvision",
+    "triton",
+    "transformers",
+    "numpy",
+    "pillow",
+    "liger-kernel",
+    "trl",
+    "cut-cross-entropy",
+)
 
 
 def describe_environment() -> dict[str, Any]:
@@ -26,6 +38,8 @@ def describe_environment() -> dict[str, Any]:
 
     return {
         "device": describe_device(),
+        "cpu": describe_cpu(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "on_gpu": torch.cuda.is_available(),
         "driver": read_driver(),
         "cuda": torch.version.cuda,
@@ -38,6 +52,16 @@ def describe_environment() -> dict[str, Any]:
 def describe_device() -> str:
     """The GPU's name, or the CPU's architecture."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+
+
+def describe_cpu() -> str:
+    """The processor's name and how many of its cores there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else f'{platform.machine()} CPU'}, {os.cpu_count()} cores"
 
 
 def name_file(device: str) -> str:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benches import KERNEL_BENCHES  # noqa: E402
 from benches.environment import name_file  # noqa: E402
 from benches.packages import SetupError, list_stale_kernels, make_environment  # noqa: E402
 from benches.table import Row, render_left_out, render_markdown, render_text  # noqa: E402
@@ -123,7 +124,8 @@ def run_stages(suite: Suite) -> None:
     # Off the GPU the winners mean nothing and are published nowhere.
     suite.run("sweep", [*sweep, "--tiny" if suite.on_cpu else "--publish"])
 
-    benches = ["-m", "pytest", "--benchmark", "-p", "no:cacheprovider"]
+    # Views have no part on a GPU.
+    benches = ["-m", "pytest", *KERNEL_BENCHES, "--benchmark", "-p", "no:cacheprovider"]
     benches += ["--bench-shapes", "tiny" if suite.on_cpu else "target"]
     # A bench that begins in time is given a while to end, so that pytest-benchmark can write its file.
     benches += ["--bench-seconds", f"{max(1.0, suite.seconds_left() - 40.0):.0f}"]

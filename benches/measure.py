@@ -6,6 +6,7 @@ every other round runs backwards, so that a busy or warm machine slows all of th
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +32,8 @@ class Timing:
     spread_ms: float
     """Between the quartiles."""
     rounds: int
+    cpu_ms: float | None = None
+    """The median of what all threads of the process took; None on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,18 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_in_turns(
-    steps: Mapping[str, Step], device: torch.device, seconds: float, rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS)
+    steps: Mapping[str, Step],
+    device: torch.device,
+    seconds: float,
+    rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS),
+    *,
+    warm_up: bool = True,
 ) -> dict[str, Timing]:
     """Time every step once a round until `seconds` have passed, within `rounds` (least, most); one round warms up."""
     time_step = _make_clock(device)
     taken_ms: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
+    cpu_ms: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values() if warm_up else ():
         time_step(step)
     end = time.perf_counter() + seconds
     names = list(steps)
@@ -67,9 +76,16 @@ def time_in_turns(
         if number >= rounds[0] and time.perf_counter() > end:
             break
         for name in names:
-            taken_ms[name].append(time_step(steps[name]))
+            wall_ms, of_threads_ms = time_step(steps[name])
+            taken_ms[name].append(wall_ms)
+            cpu_ms[name] += [] if of_threads_ms is None else [of_threads_ms]
         names.reverse()
-    return {name: summarize(values_ms) for name, values_ms in taken_ms.items()}
+    return {
+        name: dataclasses.replace(
+            summarize(values_ms), cpu_ms=statistics.median(cpu_ms[name]) if cpu_ms[name] else None
+        )
+        for name, values_ms in taken_ms.items()
+    }
 
 
 def summarize(values_ms: list[float]) -> Timing:
@@ -94,26 +110,32 @@ def measure_memory(step: Step, device: torch.device) -> Memory | None:
     return Memory(peak / 2**20, (peak - sum(storages.values())) / 2**20)
 
 
-def _make_clock(device: torch.device) -> Callable[[Step], float]:
-    """A function that runs a step and gives its milliseconds: by CUDA events on a GPU, by the host's clock else."""
+def _make_clock(device: torch.device) -> Callable[[Step], tuple[float, float | None]]:
+    """A function that runs a step and gives its milliseconds, and those of all threads where the host does the work.
+
+    By CUDA events on a GPU, by the host's clocks else.
+    """
     if device.type != "cuda":
 
-        def time_on_host(step: Step) -> float:
-            start = time.perf_counter()
-            step()
-            return (time.perf_counter() - start) * 1e3
+        def time_on_host(step: Step) -> tuple[float, float]:
+            start, cpu_start = time.perf_counter(), time.process_time()
+            answer = step()
+            # Read before the answer is let go: giving memory back is no part of the step.
+            taken_ms = (time.perf_counter() - start) * 1e3, (time.process_time() - cpu_start) * 1e3
+            del answer
+            return taken_ms
 
         return time_on_host
 
     flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def time_on_gpu(step: Step) -> float:
+    def time_on_gpu(step: Step) -> tuple[float, None]:
         flushed.fill_(1)
         begin.record()
         step()
         end.record()
         end.synchronize()
-        return float(begin.elapsed_time(end))
+        return float(begin.elapsed_time(end)), None
 
     return time_on_gpu

@@ -7,7 +7,7 @@ twice lowers the rate, and a rate at the ceiling is the end of the road.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,22 +103,32 @@ def format_row(row: Row) -> tuple[str, ...]:
 
 
 def render_text(rows: Iterable[Row]) -> str:
-    """The table for a terminal, columns aligned; the first three to the left, figures to the right."""
-    lines = [HEADINGS, *map(format_row, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    """The table for a terminal."""
+    return align_cells([HEADINGS, *map(format_row, rows)], left=3)
+
+
+def render_markdown(rows: Iterable[Row]) -> str:
+    """The same table for a page."""
+    return mark_cells([HEADINGS, *map(format_row, rows)], left=3)
+
+
+def align_cells(lines: Sequence[Sequence[str]], left: int) -> str:
+    """Lines of cells for a terminal, columns aligned: the first `left` to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column < 3 else cell.rjust(width)
+            cell.ljust(width) if column < left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )
 
 
-def render_markdown(rows: Iterable[Row]) -> str:
-    """The same table for a page."""
-    rule = [":--"] * 3 + ["--:"] * (len(HEADINGS) - 3)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [HEADINGS, rule, *map(format_row, rows)])
+def mark_cells(lines: Sequence[Sequence[str]], left: int) -> str:
+    """The same lines in Markdown; the first are the headings."""
+    headings, *others = lines
+    rule = [":--"] * left + ["--:"] * (len(headings) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [headings, rule, *others])
 
 
 def render_left_out(left_out: Iterable[tuple[str, str]]) -> str:

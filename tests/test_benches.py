@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from benches import peers, problems, shapes
+from benches import peers, problems, shapes, view_runner
 from benches.cases import Case, compare, make_rows
 from benches.ceilings import Ceilings
 from benches.environment import name_file
@@ -30,6 +33,12 @@ from benches.table import (
     render_markdown,
     render_text,
 )
+from benches.view_cases import BEST, USUAL, ViewCase, ViewPeer, place_boxes
+from benches.view_files import LEVELS, Pictures, Size, draw_photo
+from benches.view_memory import measure_peak_mib
+from benches.view_peers import is_news
+from benches.view_runner import Difference, compare_all
+from benches.view_table import BEGIN, END, ViewResults, ViewRow, format_view_row, read_rows, render_page, write_page
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -108,6 +117,12 @@ def test_steps_take_turns_and_every_other_round_runs_backwards():
     timings = time_in_turns(steps, CPU, seconds=0.0, rounds=(2, 2))
     assert calls == ["a", "b", "a", "b", "b", "a"]  # the first pair warms up
     assert {name: timing.rounds for name, timing in timings.items()} == {"a": 2, "b": 2}
+
+
+def test_cpu_time_leaves_out_what_a_step_waits_for():
+    timing = time_in_turns({"a": lambda: time.sleep(0.03) or {}}, CPU, 0.0, (3, 3), warm_up=False)["a"]
+    assert timing.median_ms >= 30
+    assert timing.cpu_ms < 15
 
 
 def test_truth_matches_a_three_token_case_by_hand():
@@ -211,6 +226,124 @@ def test_targets_are_at_the_shapes_that_are_run():
     }
 
 
+def answer(*values: float, dtype=torch.float32):
+    return lambda: {"pixels": torch.tensor(values, dtype=dtype)}
+
+
+def make_view_case(**options) -> ViewCase:
+    pixels = answer(0.0, 1.0)
+    contenders = {name: ViewPeer(pixels, BEST) for name in ("path", "tensor")}
+    others = {"PIL image": ViewPeer(pixels, USUAL), "PIL backend": ViewPeer(pixels, against="ours, Pillow parity")}
+    ours = {OURS: pixels, "ours, Pillow parity": pixels}
+    targets = {BEST: 2.0, USUAL: 3.0, "PIL backend": 4.0}
+    return ViewCase("12 MP JPEG", **{"ours": ours, "peers": contenders | others, "targets": targets, **options})
+
+
+def test_fastest_contender_is_best_and_each_peer_is_held_against_its_own_way_of_ours():
+    walls_ms = {OURS: 2.0, "ours, Pillow parity": 4.0, "path": 6.0, "tensor": 8.0, "PIL image": 10.0}
+    # Other work on the machine made the path look faster than the tensor.
+    cpus_ms = {OURS: 2.0, "ours, Pillow parity": 2.0, "path": 6.0, "tensor": 5.0, "PIL image": 9.0}
+    timings = {name: Timing(wall, 0.1, 3, cpus_ms[name]) for name, wall in walls_ms.items()}
+    timings["PIL backend"] = Timing(20.0, 0.1, 3)
+    rows = view_runner.make_rows(make_view_case(), timings, dict.fromkeys(timings, Difference(0.0, 0.0)))
+    assert [(row.peer, row.role, row.ratio, row.cpu_ratio, row.target) for row in rows] == [
+        ("path", "", 3.0, 3.0, None),
+        ("tensor", "best", 4.0, 2.5, 2.0),
+        ("PIL image", "usual", 5.0, 4.5, 3.0),
+        ("PIL backend", "", 5.0, None, 4.0),
+    ]
+
+
+def test_pixels_that_are_to_be_equal_and_are_not_end_the_bench():
+    almost = ViewPeer(answer(0.0, 1.0 + 2**-20), BEST)
+    with pytest.raises(AssertionError, match="12 MP JPEG: ours is off path by"):
+        compare_all(make_view_case(peers={"path": almost}))
+    with pytest.raises(AssertionError, match="2 values against 3"):
+        compare_all(make_view_case(peers={"path": ViewPeer(answer(0.0, 1.0, 2.0), exact=False)}))
+    with pytest.raises(AssertionError, match=r"float32 against torch.bfloat16"):
+        compare_all(make_view_case(peers={"path": ViewPeer(answer(0.0, 1.0, dtype=torch.bfloat16))}))
+
+
+def test_difference_of_an_inexact_way_is_told_in_levels():
+    # Normalised by 0.5: one of 255 levels is 1 / 127.5.
+    far = ViewPeer(answer(0.0, 1.0 - 2 / 127.5), exact=False)
+    found = compare_all(make_view_case(peers={"path": far}))["path"]
+    assert (found.most, found.mean) == (pytest.approx(2.0, abs=1e-4), pytest.approx(1.0, abs=1e-4))
+
+
+def test_view_row_shows_its_ratios_beside_the_target():
+    row = ViewRow("12 MP JPEG", 1, "tensor", "best", OURS, "ms", 150.0, 50.0, 3.0, 2.9, 2.0, 5)
+    cells = ("12 MP JPEG", "tensor (best)", "ours", "1", "150 ms", "50 ms", "3.00", "2.90", "2.0", "0")
+    assert format_view_row(row) == cells
+    memory = ViewRow(
+        "batch", 2, "path", "best", OURS, "MiB", 3000.0, 500.0, 6.0, max_difference=23, mean_difference=0.4
+    )
+    assert format_view_row(memory)[4:] == ("3,000 MiB", "500 MiB", "6.00", "–", "–", "23, mean 0.4")
+    assert render_page([row, memory]).splitlines()[2:] == [
+        "| 12 MP JPEG | 1 | tensor (best) | 3.00 | 2.90 | 2.0 |",
+        "| batch, peak memory (× smaller) | 2 | path (best) | 6.00 | – | – |",
+    ]
+
+
+def test_kept_run_reads_back_and_fills_the_page_between_its_marks(tmp_path):
+    rows = [
+        ViewRow("a", 1, "path", "", OURS, "ms", 3.0, 1.0, 3.0),
+        ViewRow("b", 2, "path", "", OURS, "ms", 4.0, 1.0, 4.0),
+    ]
+    path = tmp_path / "views.json"
+    ViewResults("CPU", "full", rows).write(path, {"cpu": "one"})
+    assert json.loads(path.read_text())["environment"] == {"cpu": "one"}
+    assert read_rows(path) == rows
+    page = write_page(rows, f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert page == f"before\n{BEGIN}\n{render_page(rows)}\n{END}\nafter\n"
+    assert write_page(rows, page) == page
+    with pytest.raises(ValueError, match="the page has no"):
+        write_page(rows, "nothing")
+
+
+def test_page_shows_the_kept_run_of_the_views():
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    baseline = ROOT / "benches/baselines/views_cpu.json"
+    if baseline.exists():
+        assert json.loads(baseline.read_text(encoding="utf-8"))["level"] == "full"
+        assert write_page(read_rows(baseline), page) == page
+    else:
+        assert BEGIN in page
+
+
+def test_pictures_are_the_same_in_every_run_and_their_batch_is_of_distinct_ones(tmp_path):
+    pictures = Pictures(tmp_path, LEVELS["tiny"])
+    first, second = pictures.write_batch(pictures.level.small)
+    assert first.read_bytes() != second.read_bytes()
+    size = Size("", 60, 40)
+    photos = [np.asarray(draw_photo(size, number), dtype=float) for number in (0, 0, 1)]
+    assert (photos[0] == photos[1]).all()
+    assert 2 < (photos[0] - photos[2]).std() / 2**0.5 < 4  # the grain
+
+
+def test_crops_hold_the_pixels_that_the_page_says():
+    areas = [(x1 - x0) * (y1 - y0) / 1e6 for x0, y0, x1, y1 in place_boxes(LEVELS["full"].large)]
+    assert areas == pytest.approx([0.3, 0.15, 0.8], rel=0.02)
+
+
+def test_no_more_than_the_line_on_torchvisions_decoder_is_kept_out_of_the_log():
+    def say(text):
+        return logging.LogRecord("transformers.image_utils", logging.WARNING, "", 0, text, (), None)
+
+    told = "Image decoding with `torchvision` is deprecated and will be removed in future versions ."
+    assert not is_news(say(told))
+    assert is_news(say("Image is too large"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is counted by Linux")
+def test_peak_memory_of_a_call_holds_its_output_and_little_else(tmp_path):
+    size = Size("", 1500, 1000)
+    paths = [Pictures(tmp_path, LEVELS["tiny"]).write(size, number=number) for number in range(4)]
+    output_mib = 4 * (1216 // 16) * (800 // 16) * 1536 * 4 / 2**20
+    peak_mib = measure_peak_mib(OURS, 1, paths)
+    assert output_mib * 0.9 < peak_mib < output_mib + 60
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
@@ -219,8 +352,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_benchmark_option_prints_the_table_and_writes_json(tmp_path):
-    path = tmp_path / "benches.json"
+    path, baseline = tmp_path / "benches.json", tmp_path / "views.json"
     options = ["--bench-shapes", "tiny", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
+    options += ["--bench-baseline", str(baseline)]
     done = run("-m", "pytest", "--benchmark", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no CUDA device: PyTorch twins at small shapes" in done.stdout
@@ -231,6 +365,12 @@ def test_benchmark_option_prints_the_table_and_writes_json(tmp_path):
     extra = next(bench["extra_info"] for bench in found if bench["name"].startswith("test_fused"))
     assert extra["rows"][0]["implementation"] == OURS
     assert extra["times_faster"]["torch"] == pytest.approx(extra["rows"][2]["times_ours"], abs=1e-3)
+    assert re.search(r"^0\.2 MP JPEG +PIL image \(usual\) +ours +1 .* 3\.0 +0$", done.stdout, re.MULTILINE)
+    kept = json.loads(baseline.read_text())
+    assert kept["level"] == "tiny"
+    assert {row["max_difference"] for row in kept["rows"] if "scaled" not in row["case"]} == {0.0}
+    extra = next(bench["extra_info"] for bench in found if bench["name"] == "test_views[uint8]")
+    assert set(extra["times_faster"]) == {"path", "tensor", "PIL image"}
 
 
 @pytest.mark.slow
