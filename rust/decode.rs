@@ -3,7 +3,7 @@
 use crate::errors::{ImageFault, allocate};
 use crate::geometry::Region;
 use crate::header::{Format, Header};
-use crate::rgb::{BYTES, Rgb, Rows};
+use crate::rgb::{BYTES, Emit, Rgb, Rows};
 use crate::{gif, jpeg, png, webp};
 
 /// What is done with that which is no colour.
@@ -71,7 +71,7 @@ pub fn decode_rows(
     header: &Header,
     policy: Policy,
     wanted: Wanted,
-    emit: &mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>,
+    emit: Emit<'_>,
 ) -> Result<(), ImageFault> {
     let Wanted { region, denominator } = wanted;
     assert!(
@@ -107,7 +107,7 @@ fn decode_stored(
     header: &Header,
     policy: Policy,
     Wanted { region, denominator }: Wanted,
-    emit: &mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>,
+    emit: Emit<'_>,
 ) -> Result<(), ImageFault> {
     match header.format {
         Format::Jpeg => jpeg::decode_rows(bytes, header, denominator, region, emit),

@@ -7,7 +7,7 @@ use gif::{DecodeOptions, DecodingError};
 use crate::errors::{ImageFault, allocate, catch_panic};
 use crate::geometry::Region;
 use crate::header::{Format, Header, Limits, check_size, name_io_fault, take};
-use crate::rgb::{BYTES, Rows};
+use crate::rgb::{BYTES, Emit, Rows};
 use crate::samples::check_same_size;
 
 pub const MAGICS: [&[u8]; 2] = [b"GIF87a", b"GIF89a"];
@@ -75,7 +75,7 @@ pub fn decode_rows(
     header: &Header,
     alpha_white: bool,
     region: Region,
-    emit: &mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>,
+    emit: Emit<'_>,
 ) -> Result<(), ImageFault> {
     let canvas = walk_blocks(&mut Cursor::new(bytes)).map_err(|error| name_io_fault(&error))?;
     check_same_size((header.width, header.height), canvas.unwrap_or_default())?;

@@ -12,7 +12,7 @@ use crate::errors::{ImageFault, allocate};
 use crate::geometry::Region;
 use crate::header::Header;
 use crate::orient;
-use crate::rgb::{BYTES, Rows};
+use crate::rgb::{BYTES, Emit, Rows};
 use crate::samples::check_same_size;
 
 /// Rows that are handed over at once: they stay in the second cache. Most files are coded by 8 or 16 rows.
@@ -34,7 +34,7 @@ pub fn decode_rows(
     header: &Header,
     denominator: u32,
     region: Region,
-    emit: &mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>,
+    emit: Emit<'_>,
 ) -> Result<(), ImageFault> {
     let (mut reader, inks) = Reader::open(bytes, header)?;
     let found = reader.start(denominator, region)?;

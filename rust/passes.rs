@@ -3,15 +3,12 @@
 
 use crate::convolve::{Horizontal, Kernel};
 use crate::errors::{ImageFault, allocate};
-use crate::rgb::{BYTES, Rows};
+use crate::rgb::{BYTES, Emit, Rows};
 use crate::ring::Ring;
 use crate::weights::Weights;
 
 /// Rows that go through the horizontal pass together, sharing each load of a weight.
 pub const GROUP: usize = 4;
-
-/// Takes finished rows.
-pub type Emit<'a> = dyn FnMut(Rows<'_>) -> Result<(), ImageFault> + 'a;
 
 /// Rows waiting to be handed on together.
 #[derive(Debug)]
@@ -25,11 +22,11 @@ impl Batch {
         Ok(Self { rows: Ring::new(width as usize, row_bytes, capacity)?, count: 0 })
     }
 
-    fn make_room(&mut self, count: usize, emit: &mut Emit<'_>) -> Result<(), ImageFault> {
+    fn make_room(&mut self, count: usize, emit: Emit<'_>) -> Result<(), ImageFault> {
         if self.count + count > self.rows.capacity() { self.hand_on(emit) } else { Ok(()) }
     }
 
-    pub fn hand_on(&mut self, emit: &mut Emit<'_>) -> Result<(), ImageFault> {
+    pub fn hand_on(&mut self, emit: Emit<'_>) -> Result<(), ImageFault> {
         match std::mem::take(&mut self.count) {
             0 => Ok(()),
             count => emit(self.rows.rows(count)),
@@ -62,7 +59,7 @@ impl Across {
         rows: Rows<'_>,
         first: usize,
         finished: &mut Batch,
-        emit: &mut Emit<'_>,
+        emit: Emit<'_>,
     ) -> Result<(), ImageFault> {
         let count = GROUP.min(rows.count() - first);
         finished.make_room(count, emit)?;
@@ -142,7 +139,7 @@ impl Down {
     }
 
     /// Makes the output rows all of whose input rows are there.
-    pub fn finish_rows(&mut self, finished: &mut Batch, emit: &mut Emit<'_>) -> Result<(), ImageFault> {
+    pub fn finish_rows(&mut self, finished: &mut Batch, emit: Emit<'_>) -> Result<(), ImageFault> {
         while let Some(span) = self.weights.spans().get(self.next).filter(|span| span.end() <= self.seen) {
             finished.make_room(1, emit)?;
             self.starts.clear();

@@ -7,7 +7,7 @@ use png::{ColorType, Decoder, DecodingError, Limits, Transformations};
 use crate::errors::{ImageFault, allocate, catch_panic};
 use crate::geometry::Region;
 use crate::header::{Header, name_io_fault};
-use crate::rgb::{BYTES, Rows};
+use crate::rgb::{BYTES, Emit, Rows};
 use crate::samples::{Samples, check_same_size, emit_region};
 
 const CHUNK_BYTES: usize = 64 << 20;
@@ -21,7 +21,7 @@ pub fn decode_rows(
     header: &Header,
     alpha_white: bool,
     region: Region,
-    emit: &mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>,
+    emit: Emit<'_>,
 ) -> Result<(), ImageFault> {
     let mut reader = guard(|| {
         let mut decoder = Decoder::new_with_limits(Cursor::new(bytes), Limits { bytes: CHUNK_BYTES });
@@ -52,7 +52,7 @@ fn decode_whole(
     samples: Samples,
     alpha_white: bool,
     region: Region,
-    emit: &mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>,
+    emit: Emit<'_>,
 ) -> Result<(), ImageFault> {
     let mut pixels = allocate(reader.output_buffer_size().ok_or(ImageFault::OutOfMemory(usize::MAX))?)?;
     guard(|| reader.next_frame(&mut pixels))?;
@@ -70,7 +70,7 @@ fn stream_rows(
     samples: Samples,
     alpha_white: bool,
     region: Region,
-    emit: &mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>,
+    emit: Emit<'_>,
 ) -> Result<(), ImageFault> {
     let row_bytes = header.width as usize * samples.count();
     let mut row: Vec<u8> = allocate(row_bytes)?;

@@ -3,8 +3,8 @@
 
 use crate::convolve::{Horizontal, Kernel};
 use crate::errors::ImageFault;
-use crate::passes::{Across, Batch, Down, Emit, GROUP};
-use crate::rgb::Rows;
+use crate::passes::{Across, Batch, Down, GROUP};
+use crate::rgb::{Emit, Rows};
 use crate::weights::{Filter, Parity, Weights};
 
 /// Most rows handed on together: few enough to be in the cache still when they are taken.
@@ -68,7 +68,7 @@ impl Resize {
     ///
     /// # Panics
     /// When the rows are not as wide as the picture, or more than it has left.
-    pub fn push(&mut self, rows: Rows<'_>, emit: &mut Emit<'_>) -> Result<(), ImageFault> {
+    pub fn push(&mut self, rows: Rows<'_>, emit: Emit<'_>) -> Result<(), ImageFault> {
         self.seen += rows.count();
         assert!(rows.width() == self.from.0 && self.seen <= self.from.1);
         let finished = &mut self.finished;

@@ -1,5 +1,6 @@
 //! Eight-bit RGB pixels in memory: a whole image, and a run of rows of one.
 
+use crate::errors::ImageFault;
 use crate::geometry::Region;
 
 /// Bytes of one pixel.
@@ -21,6 +22,9 @@ impl Rgb {
         Rows::new(&self.pixels, width, width * BYTES, self.height as usize)
     }
 }
+
+/// Who takes rows as soon as they are there, from top to bottom.
+pub type Emit<'e> = &'e mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>;
 
 /// A run of rows of `width` pixels each, the first bytes of two rows `stride` bytes apart.
 #[derive(Debug, Clone, Copy)]

@@ -2,7 +2,7 @@
 
 use crate::errors::ImageFault;
 use crate::geometry::Region;
-use crate::rgb::{BYTES, Rows};
+use crate::rgb::{BYTES, Emit, Rows};
 
 /// The header was read from the same file moments before: another size means that it changed, or lies.
 pub fn check_same_size(promised: (u32, u32), found: (u32, u32)) -> Result<(), ImageFault> {
@@ -62,12 +62,7 @@ fn lay_on_white(sample: u8, alpha: u8) -> u8 {
 }
 
 /// The part of a picture that is decoded whole.
-pub fn emit_region(
-    pixels: &[u8],
-    width: u32,
-    region: Region,
-    emit: &mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>,
-) -> Result<(), ImageFault> {
+pub fn emit_region(pixels: &[u8], width: u32, region: Region, emit: Emit<'_>) -> Result<(), ImageFault> {
     let stride = width as usize * BYTES;
     let at = region.top as usize * stride + region.left as usize * BYTES;
     emit(Rows::new(&pixels[at..], region.width as usize, stride, region.height as usize))

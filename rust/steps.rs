@@ -11,7 +11,7 @@ use crate::geometry::Region;
 use crate::normalize::{Normalizer, Sample};
 use crate::patchify::{PatchWriter, Patches};
 use crate::resize::Resize;
-use crate::rgb::{BYTES, Rows};
+use crate::rgb::{BYTES, Emit, Rows};
 use crate::weights::{Filter, Parity};
 
 /// One step; it takes the rows of a picture from top to bottom and hands its own rows on to each of `next`.
@@ -180,8 +180,6 @@ fn run<T: Sample>(nodes: &mut [Node], rows: Rows<'_>, target: &mut Target<'_, T>
     }
     Ok(())
 }
-
-type Emit<'e> = &'e mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>;
 
 /// A picture put on a larger one.
 struct Pad {

@@ -10,7 +10,7 @@ use crate::errors::{ImageFault, allocate};
 use crate::geometry::Region;
 use crate::header::{Format, Header, Limits, MAX_EXIF_BYTES, check_size, name_io_fault, skip_to, take};
 use crate::orient::Orientation;
-use crate::rgb::{BYTES, Rows};
+use crate::rgb::{BYTES, Emit};
 use crate::samples::{Samples, check_same_size, emit_region};
 
 /// Bits of the flags of an extended file.
@@ -30,7 +30,7 @@ pub fn decode_rows(
     header: &Header,
     alpha_white: bool,
     region: Region,
-    emit: &mut dyn FnMut(Rows<'_>) -> Result<(), ImageFault>,
+    emit: Emit<'_>,
 ) -> Result<(), ImageFault> {
     let layout = walk_chunks(&mut Cursor::new(bytes))?;
     check_same_size((header.width, header.height), layout.canvas)?;

@@ -12,8 +12,9 @@ from torchvision.transforms import InterpolationMode
 
 from imagine_opd import families
 from imagine_opd.errors import ConfigError
-from imagine_opd.families import MAX_TILES, view_config_from
+from imagine_opd.families import view_config_from
 from imagine_opd.types import Tiling, ViewConfig
+from imagine_opd.view_checks import MAX_TILES
 
 MEAN, STD = (0.48, 0.45, 0.4), (0.26, 0.25, 0.27)
 PIXELS = {"image_mean": list(MEAN), "image_std": list(STD), "rescale_factor": 1 / 128}

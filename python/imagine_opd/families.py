@@ -15,11 +15,10 @@ import PIL
 
 from imagine_opd.errors import ConfigError
 from imagine_opd.types import Tiling, ViewConfig
-from imagine_opd.view_checks import check_view_config, is_finite, is_whole
+from imagine_opd.view_checks import MAX_TILES, check_view_config, is_finite, is_whole
 
-__all__ = ["MAX_TILES", "view_config_from"]
+__all__ = ["view_config_from"]
 
-MAX_TILES = 1024  # of one image, as in rust/tile.rs
 _MAX_FRAME_PX = 4096
 _MAX_PX = 2**31 - 1
 # By number as in PIL.Image.Resampling, by word as in torchvision's InterpolationMode.

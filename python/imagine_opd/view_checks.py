@@ -12,7 +12,7 @@ from imagine_opd.errors import ConfigError
 from imagine_opd.types import Tiling, ViewConfig
 
 MAX_THREADS = 1024
-MAX_TILES = 1024
+MAX_TILES = 1024  # of one image, as in rust/tile.rs
 
 # Configs found good, so that a call for one small image does not spend its time here. They are frozen.
 _checked: dict[int, ViewConfig] = {}
