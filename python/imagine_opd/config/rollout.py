@@ -1,0 +1,58 @@
+"""Fields of the rollout: how the student samples its completions (names of TRL)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig
+
+from imagine_opd.config.checks import refuse_bad_keys
+
+if TYPE_CHECKING:
+    from imagine_opd.config import ImagineOPDConfig
+
+_OUR_GENERATION = frozenset(
+    {
+        *("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+        *("eos_token_id", "pad_token_id", "use_cache", "num_beams", "num_return_sequences", "return_dict_in_generate"),
+        *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
+    }
+)
+
+CHOICES: dict[str, tuple[str, ...]] = {}
+RANGES: dict[str, tuple[float, float | None]] = {
+    "num_generations": (1, None),
+    "generation_batch_size": (1, None),
+    "max_completion_length": (1, None),
+    "temperature": (1e-6, None),
+    "top_p": (1e-6, 1.0),
+    "top_k": (0, None),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-6, None),
+}
+
+
+@dataclass
+class RolloutFields:
+    """Sampling.
+
+    num_generations, max_completion_length (tokens), temperature (sampling and loss alike), top_p, top_k, min_p,
+    repetition_penalty, generation_kwargs; generation_batch_size: completions sampled in one call (`None`: all of a
+    step).
+    """
+
+    num_generations: int = field(default=1, metadata={"help": "Completions per row (paper: 1)."})
+    generation_batch_size: int | None = field(default=None, metadata={"help": "Completions sampled in one call."})
+    max_completion_length: int = field(default=256, metadata={"help": "Most new tokens per completion (paper: 256)."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling and of both sides of the loss."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
+    top_k: int = field(default=0, metadata={"help": "Top-k sampling; 0: off."})
+    min_p: float | None = field(default=None, metadata={"help": "Minimum probability relative to the top token."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "1: off."})
+    generation_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "More GenerationConfig fields."})
+
+
+def refuse_bad_rollout(config: ImagineOPDConfig) -> None:
+    """Raise `ConfigError` for fields of the rollout that do not go together."""
+    refuse_bad_keys("generation_kwargs", config.generation_kwargs, set(GenerationConfig().to_dict()) - _OUR_GENERATION)
