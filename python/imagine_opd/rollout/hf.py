@@ -4,30 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from imagine_opd.models import TokenIds, get_device
 from imagine_opd.rollout.finish import finish_completions
+from imagine_opd.rollout.sampler import SAMPLING_KEYS, SamplingConfig, SeededSampler, draw_uniforms
 from imagine_opd.types import Prompt, Rollouts
 
 # B rows, L prompt tokens, T completion tokens, V vocabulary
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingConfig:
-    """How completions are drawn. `temperature=0` is greedy."""
-
-    max_completion_length: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    generation_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 class HFEngine:
@@ -37,48 +24,51 @@ class HFEngine:
         self.token_ids = token_ids
 
     def generate(
-        self, model: Any, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int | None = None
+        self,
+        model: Any,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seed: int | Sequence[int] | None = None,
+        synced: bool = False,
     ) -> Rollouts:
-        """One completion per prompt. With `seed` the draw depends on nothing else, and the caller's random state is
-        left as it was: a resumed run samples what the uninterrupted one did."""
+        """One completion per prompt; the caller's random state is neither read nor changed with a `seed`.
+
+        seed: one number a completion, or one for all, from which each takes its own. `None`: drawn from torch's
+            random state. A completion depends on its prompt and its seed, not on the batch around it.
+        synced: every process calls `generate` now and goes on until all have ended, as sharded weights need.
+        """
         device = get_device(model)
         inputs = pad_prompts(prompts, self.token_ids.pad, device)
-        recorder = _BanAndRecord(self.token_ids.vision, sampling.temperature)
-        config = self._generation_config(sampling)
+        uniforms_BT = None
+        if sampling.temperature > 0.0:
+            start = int(torch.randint(2**62, ()).item()) if seed is None else seed
+            uniforms_BT = draw_uniforms(start, len(prompts), sampling.max_completion_length)
+        sampler = SeededSampler(self.token_ids.vision, sampling, uniforms_BT)
         was_training = model.training
         model.eval()
-        devices = [device] if device.type == "cuda" else []
         try:
-            with (
-                _blank_generation_config(model),
-                torch.no_grad(),
-                torch.random.fork_rng(devices=devices, enabled=seed is not None),
-            ):
-                if seed is not None:
-                    torch.manual_seed(seed)
+            with _blank_generation_config(model), torch.no_grad():
                 output = model.generate(
-                    **inputs, generation_config=config, logits_processor=LogitsProcessorList([recorder])
+                    **inputs,
+                    generation_config=self._generation_config(sampling),
+                    logits_processor=LogitsProcessorList([sampler]),
+                    synced_gpus=synced,
                 )
         finally:
             model.train(was_training)
         completion_ids_BT = output[:, inputs["input_ids"].shape[1] :]
-        logprobs_BT = recorder.finish(completion_ids_BT)
-        return finish_completions(completion_ids_BT, logprobs_BT, self.token_ids)
+        return finish_completions(completion_ids_BT, sampler.stack_logprobs(completion_ids_BT), self.token_ids)
 
     def _generation_config(self, sampling: SamplingConfig) -> GenerationConfig:
-        greedy = sampling.temperature == 0.0
+        extra = {name: value for name, value in sampling.generation_kwargs.items() if name not in SAMPLING_KEYS}
         return GenerationConfig(
             max_new_tokens=sampling.max_completion_length,
-            do_sample=not greedy,
-            temperature=None if greedy else sampling.temperature,
-            top_p=None if greedy else sampling.top_p,
-            top_k=None if greedy else sampling.top_k,
-            min_p=None if greedy else sampling.min_p,
+            do_sample=False,  # the sampler leaves one token to choose
             repetition_penalty=sampling.repetition_penalty,
             eos_token_id=list(self.token_ids.eos),
             pad_token_id=self.token_ids.pad,
             use_cache=True,
-            **sampling.generation_kwargs,
+            **extra,
         )
 
 
@@ -116,41 +106,3 @@ def join_pixels(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
     pixels = [torch.from_numpy(prompt.view.pixel_values) for prompt in prompts]
     grids = [torch.from_numpy(prompt.view.image_grid_thw) for prompt in prompts]
     return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
-
-
-class _BanAndRecord(LogitsProcessor):
-    """Bans ids, and keeps one step of scores so that the next call can look up the sampled token's log-prob.
-
-    Peak memory is [B, V] instead of the [T, B, V] of `output_logits=True`. The log-prob is of the distribution at
-    `temperature` before bans, top-k and top-p: the one the loss sees, so that the ratio of a fresh sample is 1.
-    (A repetition penalty comes before this; the config refuses it in `full` mode.)
-    """
-
-    def __init__(self, banned: Sequence[int], temperature: float) -> None:
-        self.banned = list(banned)
-        self.temperature = temperature or 1.0
-        self.last_scores_BV: torch.Tensor | None = None
-        self.logprobs: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.last_scores_BV is not None:
-            self._record(input_ids[:, -1])
-        self.last_scores_BV = scores
-        if not self.banned:
-            return scores
-        return scores.index_fill(1, torch.tensor(self.banned, device=scores.device), -torch.inf)
-
-    def _record(self, sampled_B: torch.Tensor) -> None:
-        assert self.last_scores_BV is not None
-        scores_BV = self.last_scores_BV.float() / self.temperature
-        picked_B = scores_BV.gather(1, sampled_B[:, None])[:, 0]
-        self.logprobs.append(picked_B - scores_BV.logsumexp(dim=1))
-
-    def finish(self, completion_ids_BT: torch.Tensor) -> torch.Tensor:
-        if completion_ids_BT.shape[1] > 0:
-            self._record(completion_ids_BT[:, -1])
-        self.last_scores_BV = None
-        steps = self.logprobs[: completion_ids_BT.shape[1]]
-        if not steps:
-            return torch.zeros_like(completion_ids_BT, dtype=torch.float32)
-        return torch.stack(steps, dim=1)
