@@ -1,59 +1,19 @@
-"""The teacher: the student's initial weights, frozen, and the checks that it can teach before step 0.
-
-A teacher that is dead, blind or looks at the wrong view gives a loss that looks fine; each check turns one such
-silence into a `TeacherError` or a logged number.
-"""
+"""The teacher: the student's initial weights, frozen, and the fingerprint a checkpoint knows it by."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from imagine_opd.errors import TeacherError
-from imagine_opd.kernels import TokenStats, linear_token_stats
 from imagine_opd.models import get_head, load_model, load_processor
-from imagine_opd.rollout import HFEngine, SamplingConfig
-from imagine_opd.scoring import score_side
-from imagine_opd.types import Prompt, PromptPair, Rollouts
 
 TEACHER_FILE = "teacher.json"
-_DRIFT_LIMIT = 0.05
-_ROLLOUT_DRIFT_LIMIT = 0.1  # bf16 activations differ by 0.01 to 0.05 between a cached and a whole forward
-_UNIFORM_MARGIN = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherReport:
-    """What the start-up checks measured, in nats per token on the probe rows.
-
-    rollout_drift: mean |log-prob when sampled - log-prob when scored| of the student's own completions: the two
-        paths through the model must agree (0 up to rounding).
-    identical_view_drift: largest |log p_S - log p_T| with both sides under the student's view (0 for a copy).
-    teacher_entropy: mean entropy of the teacher under its own view; ln V would be a dead teacher.
-    privilege_gap: mean log-prob of the teacher's own greedy trace under its view, minus under the student's: what
-        the evidence is worth. Near 0 there is nothing to learn.
-    image_tokens_student, image_tokens_teacher: mean image tokens of a prompt.
-    """
-
-    rows: int
-    rollout_drift: float
-    identical_view_drift: float
-    teacher_entropy: float
-    privilege_gap: float
-    image_tokens_student: float
-    image_tokens_teacher: float
-
-    def as_metrics(self) -> dict[str, float]:
-        """The fields as `teacher/...` metrics."""
-        return {f"teacher/{name}": float(value) for name, value in asdict(self).items()}
 
 
 def build_teacher(student: Any, processor: Any, teacher: Any = None, dtype: str = "float32") -> Any:
@@ -89,136 +49,6 @@ def refuse_other_vocabulary(student: Any, teacher: Any, processor: Any, source: 
                 f"the teacher's tokenizer differs from the student's in {len(differing)} tokens "
                 f"(first: {differing[0]!r}): use a teacher with the same tokenizer"
             )
-
-
-def check_teacher(
-    student: Any,
-    teacher: Any,
-    pairs: Sequence[PromptPair],
-    engine: HFEngine,
-    sampling: SamplingConfig,
-    seed: int,
-    expect_identical: bool,
-) -> TeacherReport:
-    """Run the start-up checks on a few rows. Raises `TeacherError`; trains nothing and leaves the random state alone.
-
-    `expect_identical`: teacher and student hold the same weights now, so under one view they must agree.
-    """
-    for side in ("student", "teacher"):
-        for pair in pairs:
-            refuse_blind_prompt(getattr(pair, side), side)
-    was_training = student.training
-    student.eval()
-    greedy = SamplingConfig(sampling.max_completion_length, temperature=0.0)
-    try:
-        rollout_drift = measure_rollout_drift(student, [pair.student for pair in pairs], engine, sampling, seed)
-        own = engine.generate(teacher, [pair.teacher for pair in pairs], greedy)
-        seen = _score_views(student, teacher, pairs, own, engine, "student", "teacher")
-        same = _score_views(student, teacher, pairs, own, engine, "student", "student")
-    finally:
-        student.train(was_training)
-    if seen is None or same is None:
-        raise TeacherError(f"the teacher wrote nothing for {len(pairs)} probe rows: its first token is an end token")
-    size = get_head(teacher).out_features
-    entropy = _mean_teacher_entropy(teacher, pairs, own, engine)
-    report = TeacherReport(
-        rows=len(pairs),
-        rollout_drift=rollout_drift,
-        identical_view_drift=float((same.student_logprob_N - same.teacher_logprob_N).abs().max()),
-        teacher_entropy=entropy,
-        privilege_gap=float((seen.teacher_logprob_N - seen.student_logprob_N).mean()),
-        image_tokens_student=_mean_image_tokens([pair.student for pair in pairs]),
-        image_tokens_teacher=_mean_image_tokens([pair.teacher for pair in pairs]),
-    )
-    refuse_bad_report(report, size, expect_identical)
-    return report
-
-
-def measure_rollout_drift(
-    student: Any, prompts: Sequence[Prompt], engine: HFEngine, sampling: SamplingConfig, seed: int
-) -> float:
-    """Mean |log p when sampled - log p when scored| of the student's completions, at the sampling temperature."""
-    rollouts = engine.generate(student, prompts, sampling, seed)
-    mask_BT = rollouts.completion_mask_BT
-    if not mask_BT.any():
-        return 0.0
-    with torch.no_grad():
-        hidden_ND = score_side(student, prompts, rollouts, mask_BT, engine.token_ids.pad)
-        ids_N = rollouts.completion_ids_BT[mask_BT]
-        stats = linear_token_stats(hidden_ND, get_head(student), None, None, ids_N, temperature=sampling.temperature)
-    return float((stats.student_logprob_N - rollouts.sampling_logprobs_BT[mask_BT]).abs().mean())
-
-
-def refuse_blind_prompt(prompt: Prompt, side: str) -> None:
-    """Raise `TeacherError` when a prompt's pixels are absent, all zero, or do not match its image tokens."""
-    view = prompt.view
-    counts = [int(count) for count in view.image_grid_thw.prod(axis=1)]
-    if sum(counts) != len(view.pixel_values):
-        raise TeacherError(f"the {side}'s grid says {sum(counts)} patches, its pixels hold {len(view.pixel_values)}")
-    start = 0
-    for index, count in enumerate(counts):
-        if not view.pixel_values[start : start + count].any():
-            raise TeacherError(
-                f"the {side}'s pixels of image {index} are all zero: it would learn blind; check the images and views"
-            )
-        start += count
-    tokens = sum(prompt.mm_token_type_ids)
-    merged = sum(count // prompt.merge_size**2 for count in counts)
-    if tokens == 0 or tokens != merged:
-        raise TeacherError(f"the {side}'s prompt holds {tokens} image tokens where its pixels give {merged}")
-
-
-def refuse_bad_report(report: TeacherReport, vocabulary_size: int, expect_identical: bool) -> None:
-    """Raise `TeacherError` for a dead teacher, or one that disagrees with the student under one view."""
-    if not math.isfinite(report.teacher_entropy):
-        raise TeacherError(f"the teacher's entropy is {report.teacher_entropy}: its weights hold NaN or infinity")
-    uniform = math.log(vocabulary_size)
-    if report.teacher_entropy > (1.0 - _UNIFORM_MARGIN) * uniform:
-        raise TeacherError(
-            f"the teacher is uniform: entropy {report.teacher_entropy:.3f} of at most {uniform:.3f} nats; "
-            "its weights look lost or untrained"
-        )
-    if not report.rollout_drift <= _ROLLOUT_DRIFT_LIMIT:
-        raise TeacherError(
-            f"the student's completions are scored {report.rollout_drift:.3g} nats per token away from how they were "
-            f"sampled (limit {_ROLLOUT_DRIFT_LIMIT}): the model does not see the same prompt in both"
-        )
-    if expect_identical and not report.identical_view_drift <= _DRIFT_LIMIT:
-        raise TeacherError(
-            f"teacher and student hold the same weights and saw the same view, yet their log-probs differ by "
-            f"{report.identical_view_drift:.3g} nats (limit {_DRIFT_LIMIT}): one of them lost its weights or its view"
-        )
-
-
-def _score_views(
-    student: Any,
-    teacher: Any,
-    pairs: Sequence[PromptPair],
-    rollouts: Rollouts,
-    engine: HFEngine,
-    student_view: str,
-    teacher_view: str,
-) -> TokenStats | None:
-    mask_BT = rollouts.completion_mask_BT
-    if not mask_BT.any():
-        return None
-    with torch.no_grad():
-        student_hidden_ND, teacher_hidden_ND = (
-            score_side(model, [getattr(pair, view) for pair in pairs], rollouts, mask_BT, engine.token_ids.pad)
-            for model, view in ((student, student_view), (teacher, teacher_view))
-        )
-        ids_N = rollouts.completion_ids_BT[mask_BT]
-        return linear_token_stats(student_hidden_ND, get_head(student), teacher_hidden_ND, get_head(teacher), ids_N)
-
-
-def _mean_teacher_entropy(teacher: Any, pairs: Sequence[PromptPair], rollouts: Rollouts, engine: HFEngine) -> float:
-    stats = _score_views(teacher, teacher, pairs, rollouts, engine, "teacher", "teacher")
-    assert stats is not None
-    return float(stats.entropy_N.mean())
-
-
-def _mean_image_tokens(prompts: Sequence[Prompt]) -> float:
-    return sum(sum(prompt.mm_token_type_ids) for prompt in prompts) / len(prompts)
 
 
 def compute_fingerprint(teacher: Any) -> str:

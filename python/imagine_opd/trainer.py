@@ -32,13 +32,8 @@ from imagine_opd.rollout import HFEngine
 from imagine_opd.rollout.finish import find_truncated, join_rollouts
 from imagine_opd.scoring import score
 from imagine_opd.settings import make_prompt_config, make_sampling_config, make_view_config
-from imagine_opd.teacher import (
-    TeacherReport,
-    build_teacher,
-    check_teacher,
-    refuse_other_teacher,
-    save_teacher_fingerprint,
-)
+from imagine_opd.teacher import build_teacher, refuse_other_teacher, save_teacher_fingerprint
+from imagine_opd.teacher_checks import TeacherReport, check_teacher
 from imagine_opd.types import PromptPair, Rollouts, Row, ViewError
 from imagine_opd.views import make_views
 
@@ -247,7 +242,7 @@ class ImagineOPDTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def run_teacher_checks(self) -> TeacherReport:
-        """The start-up checks of `imagine_opd.teacher` on the first rows; raises `TeacherError`."""
+        """The start-up checks of `imagine_opd.teacher_checks` on the first rows; raises `TeacherError`."""
         count = min(self.args.teacher_check_rows, len(self.train_dataset))
         pairs = [pair for pair in self._build_pairs([self.train_dataset[i] for i in range(count)]) if pair is not None]
         if not pairs:
