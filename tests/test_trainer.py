@@ -102,7 +102,7 @@ def answer_logprob(trainer: ImagineOPDTrainer, rows: list[Row], traces: list[str
     ids = [tokenizer(f"{trace} {tokenizer.eos_token}", add_special_tokens=False)["input_ids"] for trace in traces]
     ids_BT = torch.tensor(ids)
     rollouts = finish_completions(ids_BT, torch.zeros(ids_BT.shape), trainer.token_ids)
-    prompts = [pair.student for pair in trainer._build_pairs(rows)]
+    prompts = [pair.student for pair in trainer.builder.build_pairs(rows)]
     with torch.no_grad():
         hidden_ND = score_side(trainer.model, prompts, rollouts, rollouts.completion_mask_BT, trainer.token_ids.pad)
         head = get_head(trainer.model)
@@ -198,7 +198,7 @@ def test_micro_batch_without_active_tokens_gives_zero_and_stays_attached(tiny, m
     trainer = make_trainer(tiny, make_rows(2), tmp_path)
     micro_batches, _ = take_micro_batches(trainer, make_rows(2), 2)
     empty = micro_batches[0]
-    empty.active_BT.zero_()
+    empty.weights_BT.zero_()
     loss = trainer.compute_loss(trainer.model, empty, num_items_in_batch=torch.tensor(5))
     loss.backward()
     assert float(loss.detach()) == 0.0
@@ -212,16 +212,16 @@ def test_planted_image_token_costs_its_row_and_not_the_run(tiny, make_rows, tmp_
     image_id = tiny.processor.tokenizer.convert_tokens_to_ids(tiny.processor.image_token)
     generate = trainer.engine.generate
 
-    def plant(model, prompts, sampling, seed=None):
-        rollouts = generate(model, prompts, sampling, seed)
+    def plant(model, prompts, *args, **kwargs):
+        rollouts = generate(model, prompts, *args, **kwargs)
         ids_BT = rollouts.completion_ids_BT.clone()
         ids_BT[2, 3] = image_id
         return finish_completions(ids_BT, rollouts.sampling_logprobs_BT, trainer.token_ids)
 
     monkeypatch.setattr(trainer.engine, "generate", plant)
     micro_batches, total = take_micro_batches(trainer, make_rows(4), 4)
-    assert micro_batches[0].active_BT.any(dim=1).tolist() == [True, True, False, True]
-    assert int(total) == int(micro_batches[0].active_BT.sum())
+    assert (micro_batches[0].weights_BT > 0).any(dim=1).tolist() == [True, True, False, True]
+    assert int(total) == int(micro_batches[0].weights_BT.sum())
     trainer.train()
     line = json.loads(Path(trainer.args.output_dir, "metrics.jsonl").read_text().splitlines()[0])
     assert line["rows_dropped/vision_token"] >= 1.0
@@ -265,7 +265,7 @@ def test_row_without_a_crop_gets_the_students_instruction(tiny, make_rows, tmp_p
     row = make_rows(1)[0]
     plain = Row(row.images, row.question)
     trainer = make_trainer(tiny, [plain], tmp_path, teacher_prompt_template="what digit is on {question}")
-    with_crop, without = trainer._build_pairs([row, plain])
+    with_crop, without = trainer.builder.build_pairs([row, plain])
     assert with_crop.teacher.text != with_crop.student.text
     assert without.teacher.text == without.student.text
 
@@ -275,7 +275,7 @@ def test_generation_batch_size_bounds_a_call_and_leaves_the_loss_whole(tiny, mak
     trainer = make_trainer(tiny, rows, tmp_path, generation_batch_size=2)
     sizes = []
     generate = trainer.engine.generate
-    spy = lambda model, prompts, *args: sizes.append(len(prompts)) or generate(model, prompts, *args)  # noqa: E731
+    spy = lambda model, prompts, *args, **kw: sizes.append(len(prompts)) or generate(model, prompts, *args, **kw)  # noqa: E731
     monkeypatch.setattr(trainer.engine, "generate", spy)
     whole, total = take_micro_batches(trainer, rows, 5)
     split, same_total = take_micro_batches(trainer, rows, 1)

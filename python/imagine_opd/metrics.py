@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class StepMetrics:
@@ -49,11 +51,23 @@ class StepMetrics:
             self.synchronize()
             self._seconds[name] += time.perf_counter() - started
 
-    def drain(self) -> dict[str, float]:
-        """The figures since the last log, which is now."""
-        figures = {name: total / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
-        figures.update(self._totals)
-        figures.update(self._maxima)
-        figures.update({f"time/{name}_s": spent / max(self.steps, 1) for name, spent in self._seconds.items()})
+    def drain(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> dict[str, float]:
+        """The figures since the last log, which is now. `gather` gives those of all processes, which become one."""
+        parts = gather((self._sums, self._counts, self._totals, self._maxima, self._seconds))
+        steps = max(self.steps, 1)
         self.clear()
+        sums, counts, totals = (_add_all([part[place] for part in parts]) for place in range(3))
+        maxima, seconds = (_take_largest([part[place] for part in parts]) for place in (3, 4))
+        figures = {name: total / counts[name] for name, total in sums.items() if counts[name]}
+        figures.update(totals)
+        figures.update(maxima)
+        figures.update({f"time/{name}_s": spent / steps for name, spent in seconds.items()})
         return dict(sorted(figures.items()))
+
+
+def _add_all(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
+
+
+def _take_largest(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {name: max(part.get(name, -math.inf) for part in parts) for part in parts for name in part}

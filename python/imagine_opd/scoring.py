@@ -6,9 +6,8 @@ those of its own view; a causal body never lets the padding reach a response tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -18,29 +17,31 @@ from imagine_opd.types import Prompt, PromptPair, Rollouts, Scores
 
 # B rows, L sequence tokens, T completion tokens, N kept response tokens, D hidden
 
-StageTimer = Callable[[str], AbstractContextManager[None]]
+
+class ScoredBatch(Protocol):
+    """What is scored: both prompts of each completion, and the completions."""
+
+    @property
+    def prompts(self) -> Sequence[PromptPair]: ...
+    @property
+    def rollouts(self) -> Rollouts: ...
 
 
-def score(
-    student: Any,
-    teacher: Any,
-    prompts: Sequence[PromptPair],
-    rollouts: Rollouts,
-    active_BT: torch.Tensor,
-    pad_id: int,
-    timer: StageTimer = lambda stage: nullcontext(),
+def score_teacher(teacher: Any, batch: ScoredBatch, active_BT: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """`[N, D]` hidden states of the teacher under its own view, without gradient."""
+    with torch.no_grad():
+        return score_side(teacher, [pair.teacher for pair in batch.prompts], batch.rollouts, active_BT, pad_id)
+
+
+def score_student(
+    student: Any, teacher_hidden_ND: torch.Tensor, batch: ScoredBatch, active_BT: torch.Tensor, pad_id: int
 ) -> Scores:
-    """Hidden states `[N, D]` of student (with gradient) and teacher (without) at the tokens where `active_BT` is set.
+    """Both sides at the tokens where `active_BT` is set: the student's hidden states with gradient, and the teacher's.
 
     Row i of the hidden states is the one that predicts `token_ids_N[i]`: no shift is left to the caller.
     """
-    active_BT = active_BT & rollouts.completion_mask_BT
-    with timer("teacher"), torch.no_grad():
-        sides = [pair.teacher for pair in prompts]
-        teacher_hidden_ND = score_side(teacher, sides, rollouts, active_BT, pad_id)
-    with timer("student"):
-        sides = [pair.student for pair in prompts]
-        student_hidden_ND = score_side(student, sides, rollouts, active_BT, pad_id)
+    rollouts = batch.rollouts
+    student_hidden_ND = score_side(student, [pair.student for pair in batch.prompts], rollouts, active_BT, pad_id)
     row_N, position_N = active_BT.nonzero(as_tuple=True)
     return Scores(
         student_hidden_ND=student_hidden_ND,

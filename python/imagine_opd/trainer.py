@@ -1,8 +1,9 @@
 """`ImagineOPDTrainer`: rows in; rollout, scores of both views, objective and step by `transformers.Trainer`.
 
 Read downwards: `get_batch_samples` makes views, prompts and rollouts for one optimizer step; `compute_loss` scores a
-micro-batch of them and calls the objective. All rollouts of a step are drawn before its first backward, from a seed
-that depends only on (seed, step, rank): accumulation 1 x 4 equals 4 x 1, and a resumed run equals the whole one.
+micro-batch of them and calls the objective. All rollouts of a step are drawn before its first backward, from seeds
+that depend only on (seed, step, place in the step): accumulation 1 x 4 equals 4 x 1, two processes equal one, and a
+resumed run equals the whole one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import copy
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +20,23 @@ from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from imagine_opd.answers import has_answer_tag
+from imagine_opd.batches import BatchBuilder, MicroBatch
 from imagine_opd.callbacks import COMPLETIONS_FILE, RunFolderCallback, StepProgressCallback, append_line
 from imagine_opd.config import ImagineOPDConfig, save_recipe
+from imagine_opd.distributed import gather_figures
 from imagine_opd.errors import ConfigError, RowError
 from imagine_opd.evaluation import decode_completions, evaluate_model
-from imagine_opd.loss import ObjectiveConfig, objective, select_active_tokens
+from imagine_opd.loss import Objective, ObjectiveConfig, objective
 from imagine_opd.metrics import StepMetrics
 from imagine_opd.models import get_head, load_model, load_processor, read_token_ids
-from imagine_opd.prompts import build_prompts
 from imagine_opd.rollout import HFEngine
-from imagine_opd.rollout.finish import find_truncated, join_rollouts
-from imagine_opd.scoring import score
-from imagine_opd.settings import make_prompt_config, make_sampling_config, make_view_config
+from imagine_opd.rollout.finish import find_truncated
+from imagine_opd.scoring import score_student, score_teacher
+from imagine_opd.settings import make_view_config
+from imagine_opd.student import open_forward, run_inside
 from imagine_opd.teacher import build_teacher, refuse_other_teacher, save_teacher_fingerprint
 from imagine_opd.teacher_checks import TeacherReport, check_teacher
-from imagine_opd.types import PromptPair, Rollouts, Row, ViewError
-from imagine_opd.views import make_views
-
-_MOST_EMPTY_STEPS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """What one forward and backward needs: prompts, their completions, and the tokens that enter the loss."""
-
-    prompts: tuple[PromptPair, ...]
-    rollouts: Rollouts
-    active_BT: torch.Tensor
+from imagine_opd.types import Rollouts, Row
 
 
 class ImagineOPDTrainer(Trainer):
@@ -84,7 +74,6 @@ class ImagineOPDTrainer(Trainer):
         # The budget the model is trained with travels in its own processor, for every tool that loads it.
         budget = {"shortest_edge": self.view_config.min_pixels, "longest_edge": self.view_config.max_pixels}
         self.processor.image_processor.size = type(self.processor.image_processor.size)(**budget)
-        self.prompt_config = make_prompt_config(args)
         self.objective_config = ObjectiveConfig(
             **{name: getattr(args, name) for name in ObjectiveConfig.__dataclass_fields__}
         )
@@ -95,9 +84,8 @@ class ImagineOPDTrainer(Trainer):
         self.teacher_report: TeacherReport | None = None
         self.step_metrics = StepMetrics(torch.cuda.synchronize if args.device.type == "cuda" else lambda: None)
         self._messages: set[str] = set()
-        self._empty_steps = 0
         super().__init__(
-            model=student,
+            model=open_forward(student),
             args=args,
             data_collator=list,
             train_dataset=train_dataset,
@@ -107,6 +95,16 @@ class ImagineOPDTrainer(Trainer):
             optimizers=optimizers,
         )
         self.teacher.to(args.device)
+        self.builder = BatchBuilder(
+            self.processor,
+            self.engine,
+            self.view_config,
+            args,
+            self.accelerator,
+            self.step_metrics,
+            self.say_once,
+            train_dataset,
+        )
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StepProgressCallback)
@@ -126,60 +124,9 @@ class ImagineOPDTrainer(Trainer):
     ) -> tuple[list[MicroBatch], torch.Tensor]:
         """The next micro-batches with their rollouts, and the number of tokens in the step's loss."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        rows = [row for batch in batches for row in batch]
-        pairs = self._build_pairs(rows)
-        rollouts = self._sample(pairs)
-        active_BT = select_active_tokens(
-            rollouts, self.token_ids, self.args.num_loss_tokens_to_skip, self.args.mask_truncated_completions
-        )
-        self._note_rollouts(rows, pairs, rollouts, active_BT)
-        micro_batches, start, begin = [], 0, 0
-        for batch in batches:
-            kept = [pair for pair in pairs[start : start + len(batch)] if pair is not None]
-            prompts = tuple(pair for pair in kept for _ in range(self.args.num_generations))
-            part = slice(begin, begin + len(prompts))
-            micro_batches.append(MicroBatch(prompts, rollouts.select(part), active_BT[part]))
-            start, begin = start + len(batch), begin + len(prompts)
-        return micro_batches, active_BT.sum().to(device)
-
-    def _build_pairs(self, rows: Sequence[Row]) -> list[PromptPair | None]:
-        """Both prompts of each row; `None` where views or text failed, counted and said once a row."""
-        with self.step_metrics.stage("views"):
-            pairs: list[PromptPair | None] = []
-            for row, views in zip(rows, make_views(rows, self.view_config), strict=True):
-                try:
-                    if isinstance(views, ViewError):
-                        raise RowError(views.message)
-                    pairs.append(build_prompts(row, views, self.processor, self.prompt_config))
-                except RowError as error:
-                    reason = views.reason if isinstance(views, ViewError) else "text"
-                    self.step_metrics.add_total(f"rows_dropped/{reason}")
-                    self.say_once(f"{error} (left out)")
-                    pairs.append(None)
-        return pairs
-
-    def _sample(self, pairs: Sequence[PromptPair | None]) -> Rollouts:
-        prompts = [pair.student for pair in pairs if pair is not None for _ in range(self.args.num_generations)]
-        self._empty_steps = 0 if prompts else self._empty_steps + 1
-        if self._empty_steps >= _MOST_EMPTY_STEPS:
-            raise RowError(f"no row of the last {_MOST_EMPTY_STEPS} steps could be used; see the messages above")
-        size = self.args.generation_batch_size or max(len(prompts), 1)
-        model = self.accelerator.unwrap_model(self.model)
-        with self.step_metrics.stage("rollout"), self.accelerator.autocast():
-            parts = [
-                self.engine.generate(model, prompts[start : start + size], self._sampling, self._step_seed(start))
-                for start in range(0, len(prompts), size)
-            ]
-        return join_rollouts(parts, self.token_ids.pad)
-
-    @property
-    def _sampling(self) -> Any:
-        return make_sampling_config(self.args)
-
-    def _step_seed(self, start: int) -> int:
-        """A seed that depends on the run's seed, the step, the rank and the first completion's place alone."""
-        seed: int = (self.args.seed * 1_000_003 + self.state.global_step) * 1_009 + self.args.process_index
-        return (seed * 1_000_033 + start) % 2**63
+        micro_batches, rollouts, total = self.builder.build(self.model, batches, self.state.global_step)
+        self._note_rollouts(micro_batches, rollouts)
+        return micro_batches, total.to(device)
 
     # scores -> loss, for one micro-batch
 
@@ -190,31 +137,35 @@ class ImagineOPDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Sum of the micro-batch's token losses over the step's token count."""
-        if not inputs.prompts:
-            return sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad) * 0.0
-        # Autocast here: body and head are called, which the Trainer's own autocast of `forward` does not reach.
+        """The micro-batch's weighted token losses, over the sum of the weights of the whole step on all processes."""
+        # The student's body, the head and the loss run inside the model's forward, where DDP and FSDP2 expect them.
+        # Autocast here: the Trainer's own covers `forward` as it was, not what runs inside.
+        active_BT = inputs.weights_BT > 0
+        stage = self.step_metrics.stage
         with self.accelerator.autocast():
-            scores = score(
-                model,
-                self.teacher,
-                inputs.prompts,
-                inputs.rollouts,
-                inputs.active_BT,
-                self.token_ids.pad,
-                self.step_metrics.stage,
-            )
-            with self.step_metrics.stage("loss"):
-                result = objective(scores, get_head(model), get_head(self.teacher), self.objective_config)
-        kept = len(scores.token_ids_N)
-        total = kept if num_items_in_batch is None else num_items_in_batch
-        loss = result.loss_sum / max(int(total), 1)
+            with stage("teacher"):
+                teacher_hidden_ND = score_teacher(self.teacher, inputs, active_BT, self.token_ids.pad)
+
+            def compute(student: Any) -> Objective:
+                with stage("student"):
+                    scores = score_student(student, teacher_hidden_ND, inputs, active_BT, self.token_ids.pad)
+                with stage("loss"):
+                    return objective(scores, get_head(student), get_head(self.teacher), self.objective_config)
+
+            result = run_inside(model, compute)
+        total = inputs.weights_BT.sum() if num_items_in_batch is None else num_items_in_batch
+        # DDP and FSDP2 average gradients over the processes; the sum is meant.
+        ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        loss = result.loss_sum * (ranks / max(float(total), 1e-8))
+        self._note_objective(result)
+        return (loss, result) if return_outputs else loss
+
+    def _note_objective(self, result: Objective) -> None:
         stats = result.stats
         figures = {"reverse_kl": stats.reverse_kl_N, "entropy": stats.entropy_N, "missing_mass": stats.missing_mass_N}
         for name, values_N in figures.items():
             assert values_N is not None
-            self.step_metrics.add_mean(name, float(values_N.detach().sum()), kept)
-        return (loss, result) if return_outputs else loss
+            self.step_metrics.add_mean(name, float(values_N.detach().sum()), len(values_N))
 
     def training_step(self, model: Any, inputs: MicroBatch, num_items_in_batch: Any = None) -> torch.Tensor:
         """The Trainer's step, timed."""
@@ -244,12 +195,20 @@ class ImagineOPDTrainer(Trainer):
     def run_teacher_checks(self) -> TeacherReport:
         """The start-up checks of `imagine_opd.teacher_checks` on the first rows; raises `TeacherError`."""
         count = min(self.args.teacher_check_rows, len(self.train_dataset))
-        pairs = [pair for pair in self._build_pairs([self.train_dataset[i] for i in range(count)]) if pair is not None]
+        pairs = [
+            pair for pair in self.builder.build_pairs([self.train_dataset[i] for i in range(count)]) if pair is not None
+        ]
         if not pairs:
             raise RowError(f"none of the first {count} rows can be used; see the messages above")
         with self.accelerator.autocast():
             self.teacher_report = check_teacher(
-                self.model, self.teacher, pairs, self.engine, self._sampling, self.args.seed, self.teacher_is_copy
+                self.model,
+                self.teacher,
+                pairs,
+                self.engine,
+                self.builder.sampling,
+                self.args.seed,
+                self.teacher_is_copy,
             )
         self.step_metrics.clear()  # what the probe rows cost is not the first step's
         for name, value in self.teacher_report.as_metrics().items():
@@ -290,7 +249,7 @@ class ImagineOPDTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log with the step's own figures since the last one."""
         if "loss" in logs:
-            logs = {**logs, **self.step_metrics.drain()}
+            logs = {**logs, **self.step_metrics.drain(gather_figures)}
         super().log(logs, start_time)
 
     def say_once(self, message: str) -> None:
@@ -308,9 +267,7 @@ class ImagineOPDTrainer(Trainer):
             # A pickle of our settings: `run.json` and `imagine_opd.json` say the same and can be read safely.
             (folder / "training_args.bin").unlink(missing_ok=True)
 
-    def _note_rollouts(
-        self, rows: Sequence[Row], pairs: Sequence[PromptPair | None], rollouts: Rollouts, active_BT: torch.Tensor
-    ) -> None:
+    def _note_rollouts(self, micro_batches: Sequence[MicroBatch], rollouts: Rollouts) -> None:
         texts = decode_completions(self.processor, rollouts.completion_ids_BT, rollouts.completion_mask_BT)
         count, figures = len(texts), self.step_metrics
         lengths = rollouts.completion_mask_BT.sum(dim=1).tolist()
@@ -319,23 +276,22 @@ class ImagineOPDTrainer(Trainer):
         figures.add_max("completions/max_length", float(max(lengths, default=0)))
         figures.add_mean("completions/clipped_ratio", float(find_truncated(rollouts, self.token_ids).sum()), count)
         figures.add_mean("tag_rate", float(sum(has_answer_tag(text) for text in texts)), count)
-        figures.add_mean("loss_tokens", float(active_BT.sum()))
+        figures.add_mean("loss_tokens", float(sum((batch.weights_BT > 0).sum() for batch in micro_batches)))
         for reason, number in rollouts.dropped.items():
             figures.add_total(f"rows_dropped/{reason}", float(number))
         step = self.state.global_step + 1
         if not self.args.log_completions or step % max(int(self.state.logging_steps or 1), 1):
             return
-        kept = [row for row, pair in zip(rows, pairs, strict=True) if pair is not None]
-        for index, text in enumerate(texts[: self.args.num_completions_to_log]):
-            row = kept[index // self.args.num_generations]
+        if not self.is_world_process_zero():
+            return
+        rows = [row for batch in micro_batches if batch.is_used for row in batch.rows]
+        for row, text in list(zip(rows, texts, strict=True))[: self.args.num_completions_to_log]:
             line = {"step": step, "id": row.id or row.source, "question": row.question, "answer": row.answer}
             append_line(Path(self.args.output_dir, COMPLETIONS_FILE), {**line, "completion": text})
 
 
 def refuse_bad_run(args: ImagineOPDConfig, train_rows: Sequence[Row], eval_rows: Sequence[Row] | None) -> None:
     """Raise `ConfigError` or `RowError` for settings that do not go with the rows or the machine."""
-    if args.world_size > 1:
-        raise ConfigError(f"world_size={args.world_size}: this version trains in one process; start without a launcher")
     if args.kernel_backend == "triton" and args.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(f"kernel_backend='triton' needs a CUDA device, this run has {args.device}; use 'auto'")
     if str(args.eval_strategy.value) != "no" and eval_rows is None:

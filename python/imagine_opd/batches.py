@@ -1,0 +1,183 @@
+"""Rows to micro-batches: views, prompts, rollouts and token weights of one optimizer step.
+
+A completion's seed depends on (seed, step, place of its row in the step) alone, where the place counts over all
+processes: one process with a batch of 4 and two with 2 sample the same completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from imagine_opd.config import ImagineOPDConfig
+from imagine_opd.distributed import gather_parameters, is_sharded, max_over_ranks, sum_over_ranks
+from imagine_opd.errors import RowError
+from imagine_opd.loss import select_active_tokens
+from imagine_opd.metrics import StepMetrics
+from imagine_opd.prompts import build_prompts
+from imagine_opd.rollout import HFEngine
+from imagine_opd.rollout.finish import join_rollouts
+from imagine_opd.rollout.sampler import mix_seed
+from imagine_opd.settings import make_prompt_config, make_sampling_config
+from imagine_opd.types import PromptPair, Rollouts, Row, ViewConfig, ViewError
+from imagine_opd.views import make_views
+
+# B completions, T completion tokens
+
+_MOST_EMPTY_STEPS = 10
+_SPARE_SEARCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward and backward needs: prompts, their completions, and each token's weight in the loss (0: out).
+
+    `rows[i]` is the row of completion i.
+    """
+
+    rows: tuple[Row, ...]
+    prompts: tuple[PromptPair, ...]
+    rollouts: Rollouts
+    weights_BT: torch.Tensor
+    is_used: bool = True
+    """False: a spare row stands in, so that this process goes through the same forwards as the others."""
+
+
+class BatchBuilder:
+    """Builds the micro-batches of a step. What cannot be used is left out, counted and said once."""
+
+    def __init__(
+        self,
+        processor: Any,
+        engine: HFEngine,
+        view_config: ViewConfig,
+        args: ImagineOPDConfig,
+        accelerator: Accelerator,
+        metrics: StepMetrics,
+        say: Callable[[str], None],
+        spare_rows: Iterable[Row],
+    ) -> None:
+        self.processor, self.engine, self.view_config, self.args = processor, engine, view_config, args
+        self.accelerator, self.metrics, self.say = accelerator, metrics, say
+        self.prompt_config = make_prompt_config(args)
+        self.sampling = make_sampling_config(args)
+        self.spare_rows = spare_rows
+        self._spare: tuple[Row, PromptPair] | None = None
+        self._empty_steps = 0
+
+    def build(
+        self, model: Any, batches: Sequence[Sequence[Row]], step: int
+    ) -> tuple[list[MicroBatch], Rollouts, torch.Tensor]:
+        """The micro-batches, all their rollouts, and the sum of token weights over all processes.
+
+        A micro-batch none of whose rows can be used holds a spare row of weight 0: every process goes through the
+        same forwards, whatever its rows.
+        """
+        rows = [row for batch in batches for row in batch]
+        places = self._find_places([len(batch) for batch in batches])
+        pairs = self.build_pairs(rows)
+        kept = [index for index, pair in enumerate(pairs) if pair is not None]
+        copies = self.args.num_generations
+        prompts = [pair.student for pair in pairs if pair is not None for _ in range(copies)]
+        seeds = [mix_seed(self.args.seed, step, places[index], copy) for index in kept for copy in range(copies)]
+        self._refuse_empty_steps(len(prompts))
+        rollouts = self.sample(model, prompts, seeds)
+        weights_BT = select_active_tokens(
+            rollouts, self.engine.token_ids, self.args.num_loss_tokens_to_skip, self.args.mask_truncated_completions
+        ).float()
+        micro_batches, start, begin = [], 0, 0
+        for batch in batches:
+            used = [index for index in range(start, start + len(batch)) if pairs[index] is not None]
+            part = slice(begin, begin + len(used) * copies)
+            found = [(rows[index], pair) for index in used if (pair := pairs[index]) is not None]
+            if found:
+                doubled = [item for item in found for _ in range(copies)]
+                micro_batches.append(
+                    MicroBatch(
+                        rows=tuple(row for row, _ in doubled),
+                        prompts=tuple(pair for _, pair in doubled),
+                        rollouts=rollouts.select(part),
+                        weights_BT=weights_BT[part],
+                    )
+                )
+                self._spare = self._spare or found[0]
+            else:
+                micro_batches.append(self._make_spare_batch(rollouts))
+            start, begin = start + len(batch), part.stop
+        total = torch.tensor(sum_over_ranks({"weights": float(weights_BT.sum())})["weights"])
+        return micro_batches, rollouts, total
+
+    def build_pairs(self, rows: Sequence[Row]) -> list[PromptPair | None]:
+        """Both prompts of each row; `None` where views or text failed, counted and said once a row."""
+        with self.metrics.stage("views"):
+            pairs: list[PromptPair | None] = []
+            for row, views in zip(rows, make_views(rows, self.view_config), strict=True):
+                try:
+                    if isinstance(views, ViewError):
+                        raise RowError(views.message)
+                    pairs.append(build_prompts(row, views, self.processor, self.prompt_config))
+                except RowError as error:
+                    reason = views.reason if isinstance(views, ViewError) else "text"
+                    self.metrics.add_total(f"rows_dropped/{reason}")
+                    self.say(f"{error} (left out)")
+                    pairs.append(None)
+        return pairs
+
+    def sample(self, model: Any, prompts: Sequence[Any], seeds: Sequence[int]) -> Rollouts:
+        """The completions of the prompts, `generation_batch_size` at a time; sharded weights are gathered once."""
+        size = self.args.generation_batch_size or max(len(prompts), 1)
+        calls = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        sharded = is_sharded(model)
+        missing = max_over_ranks(len(calls)) - len(calls) if sharded else 0
+        with (
+            self.metrics.stage("rollout"),
+            self.accelerator.autocast(),
+            gather_parameters(model) as gathered,
+        ):
+            parts = [
+                self.engine.generate(gathered, prompts[call], self.sampling, seeds[call], synced=sharded)
+                for call in calls
+            ]
+            for _ in range(missing):  # the other processes are still sampling: their collectives need this one
+                self.engine.generate(gathered, [self._find_spare()[1].student], self.sampling, 0, synced=True)
+        return join_rollouts(parts, self.engine.token_ids.pad)
+
+    def _find_places(self, sizes: Sequence[int]) -> list[int]:
+        """Each row's place in the step over all processes: micro-batch by micro-batch, then rank by rank."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = self.args.train_batch_size
+        return [(m * ranks + rank) * size + j for m, count in enumerate(sizes) for j in range(count)]
+
+    def _refuse_empty_steps(self, prompts: int) -> None:
+        found = sum_over_ranks({"prompts": float(prompts)})["prompts"]
+        self._empty_steps = 0 if found else self._empty_steps + 1
+        if self._empty_steps >= _MOST_EMPTY_STEPS:
+            raise RowError(f"no row of the last {_MOST_EMPTY_STEPS} steps could be used; see the messages above")
+
+    def _make_spare_batch(self, rollouts: Rollouts) -> MicroBatch:
+        row, pair = self._find_spare()
+        end = torch.tensor([[self.engine.token_ids.eos[0]]], device=rollouts.completion_ids_BT.device)
+        nothing = torch.zeros(1, 1, device=end.device)
+        return MicroBatch(
+            (row,), (pair,), Rollouts(end, torch.ones_like(end, dtype=torch.bool), nothing), nothing, is_used=False
+        )
+
+    def _find_spare(self) -> tuple[Row, PromptPair]:
+        if self._spare is None:
+            for count, row in enumerate(self.spare_rows):
+                views = make_views([row], self.view_config)[0]
+                if not isinstance(views, ViewError):
+                    try:
+                        self._spare = row, build_prompts(row, views, self.processor, self.prompt_config)
+                        break
+                    except RowError:
+                        pass
+                if count + 1 >= _SPARE_SEARCH:
+                    break
+        if self._spare is None:
+            raise RowError("none of the first rows can be used, nor any of this step; see the messages above")
+        return self._spare
