@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from imagine_opd.kernels import BackendName, TokenStats, linear_token_stats
+from imagine_opd.kernels import BackendName, OutputHead, TokenStats, linear_token_stats
 from imagine_opd.models import TokenIds
 from imagine_opd.rollout.finish import find_truncated
 from imagine_opd.types import Rollouts, Scores
@@ -56,7 +56,9 @@ def select_active_tokens(
     return active_BT
 
 
-def objective(scores: Scores, student_head: nn.Linear, teacher_head: nn.Linear, config: ObjectiveConfig) -> Objective:
+def objective(
+    scores: Scores, student_head: nn.Linear | OutputHead, teacher_head: nn.Linear | OutputHead, config: ObjectiveConfig
+) -> Objective:
     """Loss of the kept tokens. With no token the loss is exactly 0 and still attached to the student's graph.
 
     Logits exist for a chunk of rows at a time, in fp32 whatever the heads' dtype.

@@ -1,7 +1,8 @@
 """Row + views to the two prompts: the chat template rendered, each image placeholder expanded to its token count.
 
 Student and teacher get the same question; the teacher also gets the evidence crops (images after the global ones)
-and its own instruction. Nothing is ever truncated: a cut prompt would lose image tokens.
+and its own instruction. Ids are those that the model's own processor makes of the same text and images. Nothing is
+ever truncated: a cut prompt would lose image tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from imagine_opd.adapters import Expansion, find_adapter
 from imagine_opd.errors import ConfigError, RowError
 from imagine_opd.types import Prompt, PromptPair, Row, RowViews, View
 
@@ -31,7 +33,7 @@ def build_prompts(row: Row, views: RowViews, processor: Any, config: PromptConfi
     """Both prompts of a row. Raises `RowError` when the question holds an image placeholder, `ConfigError` when the
     chat template does not place one per image."""
     # Without a crop the teacher's instruction would speak of images that are not there.
-    has_crops = len(views.teacher.image_grid_thw) > len(views.student.image_grid_thw)
+    has_crops = len(views.teacher.frame_counts) > len(views.student.frame_counts)
     teacher_template = config.teacher_template if has_crops else config.student_template
     hint = ""
     if config.answer_hint_template is not None and row.answer is not None:
@@ -51,44 +53,62 @@ def build_prompt(
     suffix: str = "",
 ) -> Prompt:
     """One side's prompt: rendered text, ids with expanded placeholders, modality ids, and the pixels they stand for."""
-    image_token = str(processor.image_token)
-    question = format_question(row)
+    adapter = find_adapter(processor)
     refuse_placeholder(row, processor)
-    image_count = len(view.image_grid_thw)
-    text_part = {"type": "text", "text": template.format(question=question) + suffix}
+    image_count = len(view.frame_counts)
+    text_part = {"type": "text", "text": template.format(question=format_question(row)) + suffix}
     messages = [{"role": "user", "content": [{"type": "image"}] * image_count + [text_part]}]
     text = processor.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
     )
-    pieces = text.split(image_token)
+    pieces = text.split(processor.image_token)
     if len(pieces) != image_count + 1:
         raise ConfigError(
-            f"the processor's chat template placed {len(pieces) - 1} image placeholders ({image_token!r}) "
+            f"the processor's chat template placed {len(pieces) - 1} image placeholders ({processor.image_token!r}) "
             f"for {image_count} images; use a template with one per image"
         )
-    counts = count_image_tokens(view, processor)
-    expanded = pieces[0]
-    for count, piece in zip(counts, pieces[1:], strict=True):
-        expanded += image_token * count + piece
-    ids = np.asarray(processor.tokenizer(expanded, add_special_tokens=False)["input_ids"], dtype=np.int64)
-    is_image = ids == processor.tokenizer.convert_tokens_to_ids(image_token)
-    if int(is_image.sum()) != sum(counts):
+    # A run of feature tokens is one token in the text and repeated as ids: thousands of them are never tokenized.
+    feature_token = adapter.feature_token(processor)
+    expansions = adapter.expand(view, processor)
+    runs = [part for expansion in expansions for part in expansion if isinstance(part, int)]
+    compact = pieces[0]
+    for expansion, piece in zip(expansions, pieces[1:], strict=True):
+        compact += "".join(part if isinstance(part, str) else feature_token for part in expansion) + piece
+    ids = np.asarray(tokenize(compact, processor.tokenizer), dtype=np.int64)
+    is_feature = ids == processor.tokenizer.convert_tokens_to_ids(feature_token)
+    if int(is_feature.sum()) != len(runs):
         raise ConfigError(
-            f"the tokenizer turned {sum(counts)} image placeholders into {int(is_image.sum())} tokens; "
-            f"{image_token!r} must be one token of it"
+            f"the tokenizer turned {len(runs)} runs of {feature_token!r} into {int(is_feature.sum())} tokens; "
+            "it must be one token, and stand nowhere else in the prompt"
         )
-    types = tuple(is_image.astype(np.int64).tolist())
-    return Prompt(text, tuple(ids.tolist()), types, view, int(processor.image_processor.merge_size))
+    repeats = np.ones_like(ids)
+    repeats[is_feature] = runs
+    return Prompt(
+        text=text,
+        input_ids=tuple(ids.repeat(repeats).tolist()),
+        mm_token_type_ids=tuple(is_feature.astype(np.int64).repeat(repeats).tolist()),
+        view=view,
+        image_tokens=tuple(sum_features(expansion) for expansion in expansions),
+        family=adapter.family,
+    )
+
+
+def tokenize(text: str, tokenizer: Any) -> list[int]:
+    """Ids of a rendered prompt: with the tokenizer's own start token, unless the template has put it there."""
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer(text, add_special_tokens=not begins)["input_ids"]
+    return ids
 
 
 def refuse_placeholder(row: Row, processor: Any) -> None:
-    """Raise `RowError` when a text of the row holds the image placeholder: it would ask for pixels of no image."""
-    image_token = str(processor.image_token)
+    """Raise `RowError` when a text of the row holds a placeholder: it would ask for pixels of no image."""
+    feature_token = find_adapter(processor).feature_token(processor)
+    names = (processor.image_token, feature_token, getattr(processor, "video_token", None))
     for text in (row.question, row.answer or "", *row.options):
-        if image_token in text:
-            raise RowError(
-                f"{row.source or row.id}: the text contains the image placeholder {image_token!r}; remove it"
-            )
+        for name in names:
+            if name is not None and name in text:
+                kind = "video" if name == names[2] else "image"
+                raise RowError(f"{row.source or row.id}: the text contains the {kind} placeholder {name!r}; remove it")
 
 
 def format_question(row: Row) -> str:
@@ -102,6 +122,10 @@ def format_question(row: Row) -> str:
 
 
 def count_image_tokens(view: View, processor: Any) -> list[int]:
-    """Language-model tokens of each image: patches / merge_size²."""
-    merge = int(processor.image_processor.merge_size)
-    return [int(grid.prod()) // merge**2 for grid in view.image_grid_thw]
+    """Features that each image of a view puts into the language model."""
+    return [sum_features(expansion) for expansion in find_adapter(processor).expand(view, processor)]
+
+
+def sum_features(expansion: Expansion) -> int:
+    """Feature tokens of one image."""
+    return sum(part for part in expansion if isinstance(part, int))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from imagine_opd.models import get_body, get_device
+from imagine_opd.models import fit_inputs, get_body, get_device
 from imagine_opd.rollout.hf import join_pixels
 from imagine_opd.types import Prompt, PromptPair, Rollouts, Scores
 
@@ -58,8 +58,9 @@ def score_side(
 ) -> torch.Tensor:
     """`[N, D]` hidden states of one side at the active response tokens, in row order then token order."""
     device = get_device(model)
-    inputs = join_sequences(prompts, rollouts, pad_id, device)
-    hidden_BLD: torch.Tensor = get_body(model)(**inputs, use_cache=False).last_hidden_state
+    body = get_body(model)
+    inputs = fit_inputs(body, join_sequences(prompts, rollouts, pad_id, device))
+    hidden_BLD: torch.Tensor = body(**inputs, use_cache=False).last_hidden_state
     starts_B = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
     row_N, position_N = active_BT.to(device).nonzero(as_tuple=True)
     return hidden_BLD[row_N, starts_B[row_N] + position_N - 1]

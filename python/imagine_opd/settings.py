@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from imagine_opd.adapters import find_adapter
 from imagine_opd.config import ImagineOPDConfig
 from imagine_opd.errors import ConfigError
 from imagine_opd.prompts import PromptConfig
@@ -24,17 +25,17 @@ def make_view_config(processor: Any, args: ImagineOPDConfig, *, training: bool =
         overrides |= {"student_scale": args.student_scale, "student_blur_px": args.student_blur_px}
     config = view_config_from(
         processor.image_processor,
+        split=find_adapter(processor).split,
         **overrides,
         **{name: getattr(args, name) for name in _CROPS},
         scaled_decode=args.scaled_decode,
         max_image_pixels=args.max_image_pixels,
         num_threads=args.view_threads,
     )
-    if config.tiling is not None:
-        kind = type(processor.image_processor).__name__
+    if config.tiling is not None and (ignored := [name for name in _BUDGETS if name in overrides]):
         raise ConfigError(
-            f"{kind} cuts images into frames ({config.tiling.family}); training and evaluation take models of the "
-            "Qwen-VL families, imagine_opd.views makes the pixels of the others too"
+            f"{ignored[0]}={overrides[ignored[0]]}: {type(processor.image_processor).__name__} cuts images into frames "
+            f"of {config.tiling.frame_px} pixels, for which a budget does nothing; leave it out"
         )
     return config
 

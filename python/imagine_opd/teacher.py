@@ -34,7 +34,7 @@ def build_teacher(student: Any, processor: Any, teacher: Any = None, dtype: str 
 
 def refuse_other_vocabulary(student: Any, teacher: Any, processor: Any, source: Any) -> None:
     """Raise `TeacherError` unless both heads are of one size and the tokenizers, where both are known, are equal."""
-    student_size, teacher_size = (get_head(model).out_features for model in (student, teacher))
+    student_size, teacher_size = (len(get_head(model).weight_VD) for model in (student, teacher))
     if student_size != teacher_size:
         raise TeacherError(
             f"the teacher's vocabulary has {teacher_size} entries, the student's {student_size}: "

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from imagine_opd.adapters import count_features
 from imagine_opd.errors import TeacherError
 from imagine_opd.kernels import TokenStats, linear_token_stats
 from imagine_opd.models import get_head
@@ -64,9 +65,9 @@ def check_teacher(
 
     `expect_identical`: teacher and student hold the same weights now, so under one view they must agree.
     """
-    for side in ("student", "teacher"):
+    for side, model in (("student", student), ("teacher", teacher)):
         for pair in pairs:
-            refuse_blind_prompt(getattr(pair, side), side)
+            refuse_blind_prompt(getattr(pair, side), side, model)
     was_training = student.training
     student.eval()
     greedy = SamplingConfig(sampling.max_completion_length, temperature=0.0)
@@ -79,7 +80,7 @@ def check_teacher(
         student.train(was_training)
     if seen is None or same is None:
         raise TeacherError(f"the teacher wrote nothing for {len(pairs)} probe rows: its first token is an end token")
-    size = get_head(teacher).out_features
+    size = len(get_head(teacher).weight_VD)
     entropy = _mean_teacher_entropy(teacher, pairs, own, engine)
     report = TeacherReport(
         rows=len(pairs),
@@ -109,12 +110,14 @@ def measure_rollout_drift(
     return float((stats.student_logprob_N - rollouts.sampling_logprobs_BT[mask_BT]).abs().mean())
 
 
-def refuse_blind_prompt(prompt: Prompt, side: str) -> None:
-    """Raise `TeacherError` when a prompt's pixels are absent, all zero, or do not match its image tokens."""
+def refuse_blind_prompt(prompt: Prompt, side: str, model: Any = None) -> None:
+    """Raise `TeacherError` when a prompt's pixels are absent, all zero, or do not match its image tokens, nor, where a
+    model is given, the features that it makes of each image."""
     view = prompt.view
-    counts = [int(count) for count in view.image_grid_thw.prod(axis=1)]
+    counts = view.frame_counts
     if sum(counts) != len(view.pixel_values):
-        raise TeacherError(f"the {side}'s grid says {sum(counts)} patches, its pixels hold {len(view.pixel_values)}")
+        unit = "patches" if len(view.image_grid_thw) else "frames"
+        raise TeacherError(f"the {side}'s grid says {sum(counts)} {unit}, its pixels hold {len(view.pixel_values)}")
     start = 0
     for index, count in enumerate(counts):
         if not view.pixel_values[start : start + count].any():
@@ -123,9 +126,18 @@ def refuse_blind_prompt(prompt: Prompt, side: str) -> None:
             )
         start += count
     tokens = sum(prompt.mm_token_type_ids)
-    merged = sum(count // prompt.merge_size**2 for count in counts)
-    if tokens == 0 or tokens != merged:
-        raise TeacherError(f"the {side}'s prompt holds {tokens} image tokens where its pixels give {merged}")
+    if tokens == 0 or tokens != sum(prompt.image_tokens):
+        placed = sum(prompt.image_tokens)
+        raise TeacherError(f"the {side}'s prompt holds {tokens} image tokens where its pixels give {placed}")
+    if model is None:
+        return
+    features = count_features(prompt.family, view, model)
+    for index, (placed, made) in enumerate(zip(prompt.image_tokens, features, strict=True)):
+        if placed != made:
+            raise TeacherError(
+                f"image {index} has {placed} tokens in the {side}'s prompt, the model makes {made} features of it: "
+                "processor and model are not of one checkpoint"
+            )
 
 
 def refuse_bad_report(report: TeacherReport, vocabulary_size: int, expect_identical: bool) -> None:

@@ -19,6 +19,7 @@ import torch
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from imagine_opd.adapters import write_budget
 from imagine_opd.answers import has_answer_tag
 from imagine_opd.batches import BatchBuilder, MicroBatch
 from imagine_opd.callbacks import COMPLETIONS_FILE, RunFolderCallback, StepProgressCallback, append_line
@@ -72,8 +73,7 @@ class ImagineOPDTrainer(Trainer):
         student = load_model(model, args.model_dtype)
         self.view_config = make_view_config(self.processor, args, training=True)
         # The budget the model is trained with travels in its own processor, for every tool that loads it.
-        budget = {"shortest_edge": self.view_config.min_pixels, "longest_edge": self.view_config.max_pixels}
-        self.processor.image_processor.size = type(self.processor.image_processor.size)(**budget)
+        write_budget(self.processor, self.view_config)
         self.objective_config = ObjectiveConfig(
             **{name: getattr(args, name) for name in ObjectiveConfig.__dataclass_fields__}
         )

@@ -213,16 +213,18 @@ class ProcessedImages:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One side's prompt, image placeholders expanded: token ids, their modality (1 at image tokens), pixels.
+    """One side's prompt, image placeholders expanded: token ids, their modality (1 where a feature of an image goes),
+    pixels.
 
-    An image of `p` patches stands for `p / merge_size²` tokens.
+    image_tokens: how many of these tokens each image has. family: whose inputs the pixels become (`adapters`).
     """
 
     text: str
     input_ids: tuple[int, ...]
     mm_token_type_ids: tuple[int, ...]
     view: View
-    merge_size: int
+    image_tokens: tuple[int, ...]
+    family: str
 
 
 @dataclass(frozen=True, slots=True)

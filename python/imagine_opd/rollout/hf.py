@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from imagine_opd.models import TokenIds, get_device
+from imagine_opd.adapters import join_views
+from imagine_opd.models import TokenIds, fit_inputs, get_device, unwrap_model
 from imagine_opd.rollout.finish import finish_completions
 from imagine_opd.rollout.sampler import SAMPLING_KEYS, SamplingConfig, SeededSampler, draw_uniforms
 from imagine_opd.types import Prompt, Rollouts
@@ -38,7 +39,7 @@ class HFEngine:
         synced: every process calls `generate` now and goes on until all have ended, as sharded weights need.
         """
         device = get_device(model)
-        inputs = pad_prompts(prompts, self.token_ids.pad, device)
+        inputs = fit_inputs(model, pad_prompts(prompts, self.token_ids.pad, device))
         uniforms_BT = None
         if sampling.temperature > 0.0:
             start = int(torch.randint(2**62, ()).item()) if seed is None else seed
@@ -76,7 +77,7 @@ class HFEngine:
 def _blank_generation_config(model: Any) -> Iterator[None]:
     """Hides the checkpoint's own generation config: `generate` fills every unset field from it (Qwen's carries
     top_k=20, top_p=0.8), and the student would be trained off its own distribution."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrap_model(model)
     saved = inner.generation_config
     inner.generation_config = GenerationConfig()
     try:
@@ -102,7 +103,6 @@ def pad_prompts(prompts: Sequence[Prompt], pad_id: int, device: torch.device) ->
 
 
 def join_pixels(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-    """`pixel_values` and `image_grid_thw` of all prompts, in order."""
-    pixels = [torch.from_numpy(prompt.view.pixel_values) for prompt in prompts]
-    grids = [torch.from_numpy(prompt.view.image_grid_thw) for prompt in prompts]
-    return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
+    """The pixel inputs of all prompts, in order, as their family's model takes them."""
+    arrays = join_views(prompts[0].family, [prompt.view for prompt in prompts])
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
