@@ -21,7 +21,8 @@ from imagine_opd.config import build_config
 from imagine_opd.errors import ConfigError, RowError, TeacherError
 from imagine_opd.kernels import linear_token_stats
 from imagine_opd.models import fit_inputs, get_body, get_head, load_processor, read_token_ids
-from imagine_opd.prompts import PromptConfig, build_prompt, build_prompts
+from imagine_opd.privilege import PrivilegeConfig, build_prompts
+from imagine_opd.prompts import build_prompt
 from imagine_opd.rollout import HFEngine, SamplingConfig, finish_completions
 from imagine_opd.rollout.hf import pad_prompts
 from imagine_opd.scoring import join_sequences, score_side
@@ -69,7 +70,7 @@ def make_rows(sizes=SIZES) -> list[Row]:
 def make_pairs(family: Built, rows: list[Row], tmp_path):
     args = build_config(tmp_path, {**FIELDS, **family.options})
     views = make_views(rows, make_view_config(family.processor, args))
-    config = PromptConfig(TEMPLATE, FIELDS["teacher_prompt_template"])
+    config = PrivilegeConfig(TEMPLATE, FIELDS["teacher_prompt_template"])
     return [build_prompts(row, view, family.processor, config) for row, view in zip(rows, views, strict=True)]
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.errors import ConfigError, RowError
-from imagine_opd.prompts import PromptConfig, build_prompt, build_prompts, count_image_tokens, format_question
+from imagine_opd.privilege import PrivilegeConfig, build_prompts
+from imagine_opd.prompts import build_prompt, count_image_tokens, format_question
 from imagine_opd.types import Row
 from imagine_opd.views import make_views
 
@@ -18,7 +19,7 @@ TEMPLATE = TINY_RECIPE["student_prompt_template"]
 def test_teacher_prompt_is_the_students_plus_the_crop(tiny, make_rows):
     row = make_rows(1)[0]
     views = make_views([row], tiny.view_config)[0]
-    pair = build_prompts(row, views, tiny.processor, PromptConfig(TEMPLATE, TEMPLATE))
+    pair = build_prompts(row, views, tiny.processor, PrivilegeConfig(TEMPLATE, TEMPLATE))
     image_id = tiny.processor.tokenizer.convert_tokens_to_ids(tiny.processor.image_token)
     assert count_image_tokens(pair.student.view, tiny.processor) == [9]
     assert count_image_tokens(pair.teacher.view, tiny.processor) == [9, 4]
@@ -48,7 +49,12 @@ def test_prompt_equals_the_processors_own(tiny, make_rows):
 def test_answer_hint_goes_to_the_teacher_only(tiny, make_rows):
     row = make_rows(1)[0]
     views = make_views([row], tiny.view_config)[0]
-    pair = build_prompts(row, views, tiny.processor, PromptConfig(TEMPLATE, TEMPLATE, " i see {answer}"))
+    pair = build_prompts(
+        row,
+        views,
+        tiny.processor,
+        PrivilegeConfig(TEMPLATE, TEMPLATE, answer_hint=True, answer_hint_template=" i see {answer}"),
+    )
     assert f"i see {row.answer}" in pair.teacher.text
     assert "i see" not in pair.student.text
 

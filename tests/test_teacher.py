@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.errors import TeacherError
 from imagine_opd.models import read_token_ids
-from imagine_opd.prompts import PromptConfig, build_prompts
+from imagine_opd.privilege import PrivilegeConfig, build_prompts
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.teacher import build_teacher, refuse_other_teacher, save_teacher_fingerprint
 from imagine_opd.teacher_checks import TeacherReport, check_teacher, refuse_blind_prompt
@@ -24,7 +24,7 @@ from imagine_opd.views import make_views
 def pairs(tiny, make_rows):
     rows = make_rows(8)
     template = TINY_RECIPE["student_prompt_template"]
-    config = PromptConfig(template, TINY_RECIPE["teacher_prompt_template"])
+    config = PrivilegeConfig(template, TINY_RECIPE["teacher_prompt_template"])
     views = make_views(rows, tiny.view_config)
     return [build_prompts(row, view, tiny.processor, config) for row, view in zip(rows, views, strict=True)]
 

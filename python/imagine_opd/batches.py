@@ -18,13 +18,12 @@ from imagine_opd.distributed import gather_parameters, is_sharded, max_over_rank
 from imagine_opd.errors import RowError
 from imagine_opd.loss import select_active_tokens
 from imagine_opd.metrics import StepMetrics
-from imagine_opd.prompts import build_prompts
+from imagine_opd.privilege import ViewFunction, build_pairs
 from imagine_opd.rollout import HFEngine
 from imagine_opd.rollout.finish import join_rollouts
 from imagine_opd.rollout.sampler import mix_seed
-from imagine_opd.settings import make_prompt_config, make_sampling_config
+from imagine_opd.settings import make_privilege_config, make_sampling_config
 from imagine_opd.types import PromptPair, Rollouts, Row, ViewConfig, ViewError
-from imagine_opd.views import make_views
 
 # B completions, T completion tokens
 
@@ -60,10 +59,13 @@ class BatchBuilder:
         metrics: StepMetrics,
         say: Callable[[str], None],
         spare_rows: Iterable[Row],
+        student_view: ViewFunction | None = None,
+        teacher_view: ViewFunction | None = None,
     ) -> None:
         self.processor, self.engine, self.view_config, self.args = processor, engine, view_config, args
         self.accelerator, self.metrics, self.say = accelerator, metrics, say
-        self.prompt_config = make_prompt_config(args)
+        self.privilege_config = make_privilege_config(args)
+        self.student_view, self.teacher_view = student_view, teacher_view
         self.sampling = make_sampling_config(args)
         self.spare_rows = spare_rows
         self._spare: tuple[Row, PromptPair] | None = None
@@ -115,17 +117,19 @@ class BatchBuilder:
         """Both prompts of each row; `None` where views or text failed, counted and said once a row."""
         with self.metrics.stage("views"):
             pairs: list[PromptPair | None] = []
-            for row, views in zip(rows, make_views(rows, self.view_config), strict=True):
-                try:
-                    if isinstance(views, ViewError):
-                        raise RowError(views.message)
-                    pairs.append(build_prompts(row, views, self.processor, self.prompt_config))
-                except RowError as error:
-                    reason = views.reason if isinstance(views, ViewError) else "text"
-                    self.metrics.add_total(f"rows_dropped/{reason}")
-                    self.say(f"{error} (left out)")
+            for pair in self._build_pairs(rows):
+                if isinstance(pair, ViewError):
+                    self.metrics.add_total(f"rows_dropped/{pair.reason}")
+                    self.say(f"{pair.message} (left out)")
                     pairs.append(None)
+                else:
+                    pairs.append(pair)
         return pairs
+
+    def _build_pairs(self, rows: Sequence[Row]) -> list[PromptPair | ViewError]:
+        return build_pairs(
+            rows, self.processor, self.view_config, self.privilege_config, self.student_view, self.teacher_view
+        )
 
     def sample(self, model: Any, prompts: Sequence[Any], seeds: Sequence[int]) -> Rollouts:
         """The completions of the prompts, `generation_batch_size` at a time; sharded weights are gathered once."""
@@ -169,13 +173,10 @@ class BatchBuilder:
     def _find_spare(self) -> tuple[Row, PromptPair]:
         if self._spare is None:
             for count, row in enumerate(self.spare_rows):
-                views = make_views([row], self.view_config)[0]
-                if not isinstance(views, ViewError):
-                    try:
-                        self._spare = row, build_prompts(row, views, self.processor, self.prompt_config)
-                        break
-                    except RowError:
-                        pass
+                pair = self._build_pairs([row])[0]
+                if not isinstance(pair, ViewError):
+                    self._spare = row, pair
+                    break
                 if count + 1 >= _SPARE_SEARCH:
                     break
         if self._spare is None:

@@ -1,47 +1,20 @@
-"""Row + views to the two prompts: the chat template rendered, each image placeholder expanded to its token count.
+"""Row + view to a prompt: the chat template rendered, each image placeholder expanded to its token count.
 
-Student and teacher get the same question; the teacher also gets the evidence crops (images after the global ones)
-and its own instruction. Ids are those that the model's own processor makes of the same text and images. Nothing is
+Ids are those that the model's own processor makes of the same text and images. Nothing is
 ever truncated: a cut prompt would lose image tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from imagine_opd.adapters import Expansion, find_adapter
 from imagine_opd.errors import ConfigError, RowError
-from imagine_opd.types import Prompt, PromptPair, Row, RowViews, View
+from imagine_opd.types import Prompt, Row, View
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-@dataclass(frozen=True, slots=True)
-class PromptConfig:
-    """Templates of both sides; `answer_hint_template` is appended to the teacher's when the row has an answer."""
-
-    student_template: str
-    teacher_template: str
-    answer_hint_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-def build_prompts(row: Row, views: RowViews, processor: Any, config: PromptConfig) -> PromptPair:
-    """Both prompts of a row. Raises `RowError` when the question holds an image placeholder, `ConfigError` when the
-    chat template does not place one per image."""
-    # Without a crop the teacher's instruction would speak of images that are not there.
-    has_crops = len(views.teacher.frame_counts) > len(views.student.frame_counts)
-    teacher_template = config.teacher_template if has_crops else config.student_template
-    hint = ""
-    if config.answer_hint_template is not None and row.answer is not None:
-        hint = config.answer_hint_template.format(answer=row.answer)
-    return PromptPair(
-        student=build_prompt(row, views.student, processor, config.student_template, config.chat_template_kwargs),
-        teacher=build_prompt(row, views.teacher, processor, teacher_template, config.chat_template_kwargs, hint),
-    )
 
 
 def build_prompt(

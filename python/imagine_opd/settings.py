@@ -7,7 +7,7 @@ from typing import Any
 from imagine_opd.adapters import find_adapter
 from imagine_opd.config import ImagineOPDConfig
 from imagine_opd.errors import ConfigError
-from imagine_opd.prompts import PromptConfig
+from imagine_opd.privilege import PrivilegeConfig
 from imagine_opd.rollout import SamplingConfig
 from imagine_opd.types import ViewConfig
 from imagine_opd.views import view_config_from
@@ -23,11 +23,23 @@ def make_view_config(processor: Any, args: ImagineOPDConfig, *, training: bool =
     overrides = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
     if training:
         overrides |= {"student_scale": args.student_scale, "student_blur_px": args.student_blur_px}
+        overrides |= {"neutral": args.contrast}
+    crops = {name: getattr(args, name) for name in _CROPS}
+    if args.teacher_view == "full_resolution":
+        own = view_config_from(processor.image_processor, split=find_adapter(processor).split)
+        if own.tiling is not None:
+            raise ConfigError(
+                f"teacher_view='full_resolution': {type(processor.image_processor).__name__} gives every image the "
+                "resolution of its frames; degrade the student by student_scale and set teacher_view='whole'"
+            )
+        overrides |= {"crop_min_pixels": args.teacher_min_pixels or own.min_pixels}
+        overrides |= {"crop_max_pixels": args.teacher_max_pixels or own.max_pixels}
+        crops |= {"box_margin": 0.0, "min_crop_px": 1, "merge_overlap": None, "reading_order": False}
     config = view_config_from(
         processor.image_processor,
         split=find_adapter(processor).split,
         **overrides,
-        **{name: getattr(args, name) for name in _CROPS},
+        **crops,
         scaled_decode=args.scaled_decode,
         max_image_pixels=args.max_image_pixels,
         num_threads=args.view_threads,
@@ -40,14 +52,9 @@ def make_view_config(processor: Any, args: ImagineOPDConfig, *, training: bool =
     return config
 
 
-def make_prompt_config(args: ImagineOPDConfig) -> PromptConfig:
-    """The prompt fields of the config."""
-    return PromptConfig(
-        student_template=args.student_prompt_template,
-        teacher_template=args.teacher_prompt_template,
-        answer_hint_template=args.answer_hint_template if args.answer_hint else None,
-        chat_template_kwargs=args.chat_template_kwargs,
-    )
+def make_privilege_config(args: ImagineOPDConfig) -> PrivilegeConfig:
+    """What each side is shown and told."""
+    return PrivilegeConfig(**{name: getattr(args, name) for name in PrivilegeConfig.__dataclass_fields__})
 
 
 def make_sampling_config(args: ImagineOPDConfig) -> SamplingConfig:

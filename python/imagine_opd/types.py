@@ -36,7 +36,8 @@ class Box:
 class Row:
     """One training or evaluation example: images, a question, and where the evidence is.
 
-    `source` names the place the row came from (`rows.jsonl:17`) and opens every error about it.
+    `source` names the place the row came from (`rows.jsonl:17`) and opens every error about it. `teacher_images` and
+    `hint` are ready-made evidence, for the teacher alone.
     """
 
     images: tuple[ImageRef, ...]
@@ -46,6 +47,25 @@ class Row:
     options: tuple[str, ...] = ()
     id: str = ""
     source: str = ""
+    teacher_images: tuple[ImageRef, ...] = ()
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SideView:
+    """What one side is given of a row: images, evidence boxes cut out of them as further images, and words.
+
+    boxes: regions of `images`, for the teacher alone. show_whole: `False` leaves the crops alone. enlarge: the images
+    at the budget of crops instead of their own. template: in place of the config's, contains `{question}`. hint: words
+    after the question and its instruction.
+    """
+
+    images: tuple[ImageRef, ...]
+    boxes: tuple[Box, ...] = ()
+    show_whole: bool = True
+    enlarge: bool = False
+    template: str | None = None
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,10 +249,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptPair:
-    """The same question for both sides; only the views (and any teacher instruction) differ."""
+    """The same question for both sides; only the views (and any teacher instruction) differ.
+
+    `neutral`: the teacher's prompt with evidence that says nothing, token for token where the teacher's lie.
+    """
 
     student: Prompt
     teacher: Prompt
+    neutral: Prompt | None = None
 
 
 @dataclass(frozen=True, slots=True)

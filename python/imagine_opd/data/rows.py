@@ -36,7 +36,8 @@ class RowContext:
 
 def parse_row(item: Mapping[str, Any], context: RowContext) -> Row:
     """The `Row` of a mapping with `image` or `images`, `question` or `messages`, and optional `boxes`, `box_format`,
-    `box_images`, `answer`, `options`, `id`. Of a row with options, `answer` becomes the letter.
+    `box_images`, `answer`, `options`, `id`, `teacher_images`, `hint` (or `privileged_context`). Of a row with options,
+    `answer` becomes the letter.
 
     Raises:
         RowError: names the place, the value and the fix.
@@ -65,6 +66,8 @@ def _parse_fields(item: Mapping[str, Any], context: RowContext) -> Row:
         options=options,
         id=str(item["id"]) if item.get("id") is not None else "",
         source=place,
+        teacher_images=_parse_teacher_images(item, context),
+        hint=_parse_text(item, "hint", place) or _parse_text(item, "privileged_context", place) or "",
     )
 
 
@@ -78,6 +81,15 @@ def _parse_images(item: Mapping[str, Any], context: RowContext) -> tuple[ImageRe
         found = [found]
     if len(found) == 0:
         raise RowError(f"{context.source}: has no image; expected 'image' or 'images'")
+    return tuple(_parse_image(image, context) for image in found)
+
+
+def _parse_teacher_images(item: Mapping[str, Any], context: RowContext) -> tuple[ImageRef, ...]:
+    found = item.get("teacher_images")
+    if found is None:
+        return ()
+    if isinstance(found, (str, bytes, Path)) or not isinstance(found, Sequence):
+        found = [found]
     return tuple(_parse_image(image, context) for image in found)
 
 

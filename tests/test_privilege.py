@@ -1,0 +1,169 @@
+"""The privilege menu: what only the teacher sees and is told, by config and by functions of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from imagine_opd.config import build_config
+from imagine_opd.demo.recipe import TINY_RECIPE
+from imagine_opd.errors import ConfigError
+from imagine_opd.privilege import PrivilegeConfig, build_pairs, format_regions
+from imagine_opd.settings import make_view_config
+from imagine_opd.types import Box, SideView, ViewError
+from imagine_opd.views import make_views
+
+PLAIN = PrivilegeConfig("{question}", "see {question}")
+
+
+def pair_of(tiny, row, config=PLAIN, view_config=None, **functions):
+    (pair,) = build_pairs([row], tiny.processor, view_config or tiny.view_config, config, **functions)
+    return pair
+
+
+def views_of(tiny, row, **changes):
+    return make_views([row], dataclasses.replace(tiny.view_config, **changes))[0]
+
+
+def test_crops_come_after_the_whole_image_and_bring_the_teachers_instruction(tiny, make_rows):
+    (row,) = make_rows(1)
+    pair = pair_of(tiny, row)
+    expected = views_of(tiny, row)
+    np.testing.assert_array_equal(pair.teacher.view.pixel_values, expected.teacher.pixel_values)
+    np.testing.assert_array_equal(pair.student.view.pixel_values, expected.student.pixel_values)
+    assert (pair.student.image_tokens, pair.teacher.image_tokens) == ((9,), (9, 4))
+    assert f"see {row.question}" in pair.teacher.text
+    assert "see" not in pair.student.text
+    assert pair.neutral is None
+
+
+def test_crops_only_replaces_the_image_and_keeps_it_where_there_is_no_box(tiny, make_rows):
+    (row,) = make_rows(1)
+    config = dataclasses.replace(PLAIN, teacher_view="crops_only")
+    pair = pair_of(tiny, row, config)
+    assert (pair.student.image_tokens, pair.teacher.image_tokens) == ((9,), (4,))
+    np.testing.assert_array_equal(pair.teacher.view.pixel_values, views_of(tiny, row).teacher.pixel_values[36:])
+    bare = pair_of(tiny, dataclasses.replace(row, boxes=()), config)
+    assert bare.teacher.image_tokens == (9,)
+
+
+def test_whole_gives_the_teacher_a_clear_view_of_what_the_student_sees_degraded(tiny, make_rows):
+    (row,) = make_rows(1)
+    degraded = dataclasses.replace(tiny.view_config, student_scale=0.2)
+    pair = pair_of(tiny, row, dataclasses.replace(PLAIN, teacher_view="whole"), degraded)
+    clear = views_of(tiny, row).student.pixel_values
+    np.testing.assert_array_equal(pair.teacher.view.pixel_values, clear)
+    assert np.abs(pair.student.view.pixel_values - clear).mean() > 0.01
+    assert pair.student.input_ids == pair.teacher.input_ids
+
+
+def test_full_resolution_shows_the_teacher_the_same_image_in_more_tokens(tiny, make_rows, tmp_path):
+    rows = make_rows(2)
+    fields = {"teacher_view": "full_resolution", "min_pixels": 32**2, "max_pixels": 32**2}
+    args = build_config(tmp_path, {**TINY_RECIPE, **fields, "crop_min_pixels": None, "crop_max_pixels": None})
+    view_config = make_view_config(tiny.processor, args, training=True)
+    pairs = build_pairs(rows, tiny.processor, view_config, dataclasses.replace(PLAIN, teacher_view="full_resolution"))
+    full = make_views(rows, tiny.view_config)  # 48x48, the processor's own size
+    for pair, views in zip(pairs, full, strict=True):
+        assert (pair.student.image_tokens, pair.teacher.image_tokens) == ((4,), (9,))
+        np.testing.assert_array_equal(pair.teacher.view.pixel_values, views.student.pixel_values)
+
+
+def test_ready_made_images_are_appended_replace_or_are_the_whole_list(tiny, make_rows):
+    row, other = make_rows(2)
+    row = dataclasses.replace(row, teacher_images=other.images)
+    own, theirs = views_of(tiny, row).student.pixel_values, views_of(tiny, other).student.pixel_values
+    expected = {"append": np.concatenate([own, theirs]), "replace": theirs, "full": theirs}
+    for mode, pixels in expected.items():
+        pair = pair_of(tiny, row, dataclasses.replace(PLAIN, teacher_view="images", teacher_images_mode=mode))
+        np.testing.assert_array_equal(pair.teacher.view.pixel_values, pixels)
+        np.testing.assert_array_equal(pair.student.view.pixel_values, own)
+    two = dataclasses.replace(row, images=row.images * 2)
+    fault = pair_of(tiny, two, dataclasses.replace(PLAIN, teacher_view="images", teacher_images_mode="full"))
+    assert isinstance(fault, ViewError)
+    assert "teacher_images has 1 images, the row 2" in fault.message
+
+
+def test_hints_reach_the_teacher_alone(tiny, make_rows):
+    (row,) = make_rows(1)
+    row = dataclasses.replace(row, boxes=(Box(36, 72, 72, 144),), hint="top-left")
+    for form, words in (
+        ("relative_1000", "(250, 500, 500, 1000)"),
+        ("pixels", "(36, 72, 72, 144)"),
+        ("row", "top-left"),
+    ):
+        config = dataclasses.replace(
+            PLAIN,
+            text_hint=form,
+            text_hint_template=" at {hint}",
+            answer_hint=True,
+            answer_hint_template=" is {answer}",
+        )
+        pair = pair_of(tiny, row, config)
+        assert f"{row.question} at {words} is {row.answer}" in pair.teacher.text
+        assert words not in pair.student.text
+        assert f" is {row.answer}" not in pair.student.text
+
+
+def test_regions_are_said_per_box_in_its_own_image():
+    boxes = [Box(0, 0, 50, 25), Box(10, 10, 20, 30, image=1)]
+    assert format_regions(boxes, [(100, 100), (20, 40)], "relative_1000") == "(0, 0, 500, 250), (500, 250, 1000, 750)"
+
+
+@pytest.mark.parametrize("contrast", ["mean", "blur", "low_resolution"])
+def test_neutral_pass_lies_on_the_teachers_tokens_and_differs_in_the_evidence_alone(tiny, make_rows, contrast):
+    (row,) = make_rows(1)
+    pair = pair_of(tiny, row, view_config=dataclasses.replace(tiny.view_config, neutral=contrast))
+    assert pair.neutral.input_ids == pair.teacher.input_ids
+    assert pair.neutral.view.frame_counts == pair.teacher.view.frame_counts
+    difference = np.abs(pair.neutral.view.pixel_values[36:] - pair.teacher.view.pixel_values[36:])
+    assert difference.mean() > 0.02
+
+
+def test_neutral_pass_with_another_layout_is_an_assertion(tiny, make_rows):
+    from imagine_opd.privilege import refuse_other_layout
+
+    pair = pair_of(tiny, make_rows(1)[0])
+    with pytest.raises(AssertionError, match="another layout"):
+        refuse_other_layout(pair.teacher, pair.student)
+
+
+def test_functions_of_ones_own_decide_both_sides(tiny, make_rows):
+    row, clue = make_rows(2)
+    pair = pair_of(
+        tiny,
+        row,
+        student_view=lambda row: SideView(row.images, hint=" look"),
+        teacher_view=lambda row: SideView((*row.images, *clue.images), template="{question} zoom", hint=" here"),
+    )
+    assert pair.teacher.image_tokens == (9, 9)
+    assert f"{row.question} zoom here" in pair.teacher.text
+    assert f"{row.question} look" in pair.student.text
+    with pytest.raises(ConfigError, match="the student sees whole images only"):
+        pair_of(tiny, row, student_view=lambda row: SideView(row.images, row.boxes))
+
+
+def test_bad_row_among_good_ones_keeps_its_place(tiny, make_rows):
+    rows = make_rows(3)
+    rows[1] = dataclasses.replace(rows[1], images=(b"no image",), source="data.jsonl:2")
+    found = build_pairs(rows, tiny.processor, tiny.view_config, PLAIN)
+    assert [isinstance(pair, ViewError) for pair in found] == [False, True, False]
+    assert found[1].row == 1
+    assert "data.jsonl:2" in found[1].message
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"teacher_view": "zoom"}, "expected one of crops, crops_only, whole, full_resolution, images"),
+        ({"teacher_max_pixels": 99}, "goes with teacher_view='full_resolution'; crops have crop_max_pixels"),
+        ({"contrast": "mean", "teacher_view": "whole"}, "needs evidence cut from the image"),
+        ({"text_hint_template": "no place"}, "expected the placeholder {hint}"),
+    ],
+)
+def test_privileges_that_do_not_go_together_are_refused(tmp_path, fields, words):
+    with pytest.raises(ConfigError) as found:
+        build_config(tmp_path, fields)
+    assert words in str(found.value)
