@@ -13,7 +13,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fuzz docs clean
+.PHONY: help setup demo test slow check bench fuzz docs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -34,8 +34,11 @@ $(READY): pyproject.toml $(RUST_SOURCES)
 demo: setup  ## Watch a vision-language model learn to see fine detail (a few minutes on 2 cores)
 	$(BIN)/imagine-opd demo --output demo
 
-test: setup  ## Run all tests
+test: setup  ## Run the tests
 	$(BIN)/python -m pytest
+
+slow: setup  ## Run the tests that take over 30 s: runs killed at random moments, the GPU suite's dry run
+	$(BIN)/python -m pytest -m slow
 
 check: setup  ## Lint, types, stub, import floors, Rust format, lints and tests
 	$(BIN)/ruff check .
@@ -60,8 +63,9 @@ fuzz: setup  ## Fuzz decoding, views and plans, FUZZ_SECONDS=600 each (nightly R
 	    || exit 1; \
 	done
 
-docs: setup  ## Rewrite the generated parts of docs/ (the command line's help)
+docs: setup  ## Rewrite the generated parts of docs/ (the command line's help, memory tables)
 	$(BIN)/python scripts/write_cli_help.py
+	$(BIN)/python scripts/write_scaling.py
 
 clean:  ## Remove what was built, the venv included
 	rm -rf $(VENV) target dist

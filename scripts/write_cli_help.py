@@ -29,7 +29,7 @@ def write_page(path: Path) -> None:
     """Write the page."""
     os.environ["COLUMNS"] = "100"
     parts = [HEAD]
-    for command in ("", "demo", "train", "ask"):
+    for command in ("", "demo", "train", "explain", "ask"):
         title = f"imagine-opd {command}".strip()
         parts.append(f"## `{title}`\n\n```text\n{show_help(*([command] if command else []))}\n```\n")
     path.write_text("\n".join(parts), encoding="utf-8")

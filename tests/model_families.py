@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -316,6 +317,34 @@ def build_gemma3() -> Built:
     return Built(transformers.Gemma3ForConditionalGeneration(config), processor, vision_tokens)
 
 
+def build_aya() -> Built:
+    """Aya Vision with a Cohere 2 language model, by the code of docs/families.md: what a family of one's own takes."""
+    page = (Path(__file__).parents[1] / "docs/families.md").read_text(encoding="utf-8")
+    exec(page.partition("```python\n")[2].partition("```")[0], {"__name__": "families_page"})
+    vision_tokens = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE_GLOBAL", "<image>")
+    tiles = ("TILE", *(f"TILE_{index}" for index in range(1, 13)))
+    special = ("<PAD>", "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", *vision_tokens)
+    tokenizer = build_tokenizer(special, "bytes", "<PAD>", "<|END_OF_TURN_TOKEN|>", bos="<BOS_TOKEN>")
+    tokenizer.add_tokens(list(tiles))
+    text = {**TEXT, "model_type": "cohere2", "vocab_size": len(tokenizer), "sliding_window": 24, "logit_scale": 0.5}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0}
+    config = transformers.AyaVisionConfig(
+        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>"),
+        downsample_factor=2,
+    )
+    processor = transformers.AyaVisionProcessor(
+        image_processor=transformers.GotOcr2ImageProcessor(size={"height": FRAME, "width": FRAME}, max_patches=6),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        img_size=FRAME,
+        downsample_factor=2,
+        chat_template=chat_template("<image>", "<BOS_TOKEN>user ", "<|END_OF_TURN_TOKEN|>", "bot "),
+    )
+    return Built(transformers.AyaVisionForConditionalGeneration(config), processor, (*vision_tokens[:4], "TILE_1"))
+
+
 BUILDERS = {
     "qwen2_vl": lambda: build_qwen("Qwen2VL"),
     "qwen2_5_vl": lambda: build_qwen("Qwen2_5_VL"),
@@ -328,6 +357,7 @@ BUILDERS = {
     "idefics3": lambda: build_idefics3("Idefics3"),
     "smolvlm": lambda: build_idefics3("SmolVLM"),
     "gemma3": build_gemma3,
+    "aya_vision": build_aya,
 }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
-from imagine_opd.callbacks import append_line, drop_lines_after, set_aside
+from imagine_opd.callbacks import TeacherUpdateCallback, append_line, drop_lines_after, set_aside
 
 
 def test_lines_after_the_checkpoint_and_a_torn_one_are_dropped(tmp_path):
@@ -33,3 +34,13 @@ def test_an_earlier_runs_file_is_renamed_to_the_first_free_number(tmp_path):
     assert (tmp_path / "metrics.1.jsonl").read_text() == "one"
     assert (tmp_path / "metrics.2.jsonl").read_text() == "two"
     assert not path.exists()
+
+
+def test_moving_teacher_does_not_follow_a_step_that_was_left_out():
+    updates: list[str] = []
+    callback = TeacherUpdateCallback(SimpleNamespace(update=updates.append))
+    for skipped in (False, True, False):
+        optimizer = SimpleNamespace(step_was_skipped=skipped)
+        callback.on_optimizer_step(None, None, None, model="student", optimizer=optimizer)
+    callback.on_optimizer_step(None, None, None, model="student")
+    assert updates == ["student"] * 3

@@ -16,7 +16,7 @@ from imagine_opd.demo.recipe import TINY_RECIPE
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "ask"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "explain", "ask"])
 def test_help_is_the_documented_one(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as caught:

@@ -86,6 +86,7 @@ def test_rows_point_the_teacher_at_the_right_or_the_wrong_digit() -> None:
     scenes = make_scenes(3, seed=7)
     for scene, right, wrong in zip(scenes, scenes_to_rows(scenes), scenes_to_rows(scenes, views="wrong"), strict=True):
         assert (right.boxes, wrong.boxes) == ((scene.box,), (scene.wrong_box,))
+        assert (right.hint, wrong.hint) == (scene.hint, scene.wrong_hint)
         assert right.images == wrong.images == (scene.image,)
         assert right.answer == wrong.answer == scene.answer
 
@@ -115,7 +116,7 @@ def test_package_views_equal_the_pretrainings_pixels(processor: Any) -> None:
 def test_tokenizer_reads_back_questions_and_traces(processor: Any) -> None:
     tokenizer = processor.tokenizer
     for scene in make_scenes(100, seed=10):
-        for text in (scene.question, scene.trace, scene.caption):
+        for text in (scene.question, scene.trace, scene.caption, scene.hint):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert tokenizer.unk_token_id not in ids
             assert tokenizer.decode(ids) == text
@@ -148,15 +149,21 @@ def test_shipped_base_is_small_and_ends_where_its_tokenizer_does(model: Any, pro
     assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
 
 
-@pytest.mark.parametrize(("sees_crop", "low", "high"), [(True, 0.90, 1.0), (False, 0.0, 0.45)])
-def test_base_reads_small_digits_with_the_crop_only(
-    model: Any, processor: Any, sees_crop: bool, low: float, high: float
+@pytest.mark.parametrize(
+    ("gets", "low", "high"), [("crop", 0.90, 1.0), ("hint", 0.90, 1.0), ("wrong hint", 0.0, 0.1), ("", 0.2, 0.45)]
+)
+def test_base_knows_small_digits_by_crop_or_hint_only(
+    model: Any, processor: Any, gets: str, low: float, high: float
 ) -> None:
     bank = build_bank(100, 12345, "small", processor)
     targets = [scene.target for scene in bank.scenes]
-    images = [bank.global_SPF] + ([bank.crop_SOPF[range(100), targets]] if sees_crop else [])
+    images = [bank.global_SPF] + ([bank.crop_SOPF[range(100), targets]] if gets == "crop" else [])
+    hints = [{"hint": f" {scene.hint}", "wrong hint": f" {scene.wrong_hint}"}.get(gets, "") for scene in bank.scenes]
     book = PromptBook(processor)
-    prompts = [book.prompt(scene.question, (3, 2)[: len(images)]) for scene in bank.scenes]
+    prompts = [
+        book.prompt(scene.question + hint, (3, 2)[: len(images)])
+        for scene, hint in zip(bank.scenes, hints, strict=True)
+    ]
     inputs = build_inputs(model, prompts, [[]] * 100, images)
     del inputs["labels"], inputs["position_ids"]
     ids_BT = model.generate(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), do_sample=False)
@@ -188,6 +195,19 @@ def test_importing_the_demo_loads_no_torch() -> None:
         "import sys, imagine_opd.demo as d; d.base_model_path(); d.make_scenes(1, 0); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_contact_sheet_shows_a_hint_in_words(tmp_path: Path) -> None:
+    student = np.full((48, 48, 3), (10, 200, 30), dtype=np.uint8)
+    scene = make_scenes(1, seed=2)[0]
+    ink = []
+    for name, words in (("hint", scene.hint), ("none", "")):
+        row = SheetRow(scene.image, scene.box, student, words, "q", scene.answer, "see 3", "see 7", False, True, "hint")
+        draw_contact_sheet([row], tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as sheet:
+            colors = {color: count for count, color in sheet.convert("RGB").getcolors(maxcolors=1 << 20) or []}
+        ink.append(colors[(28, 32, 38)])
+    assert ink[0] > ink[1] + 300
 
 
 def test_contact_sheet_shows_pixels_of_both_sides_and_marks_by_shape(tmp_path: Path) -> None:

@@ -55,10 +55,11 @@ def test_one_mode_may_be_a_name_and_an_empty_batch_is_refused(tiny, make_rows):
 
 
 def test_options_are_judged_by_letter(tiny, make_rows):
+    from imagine_opd.answers import judge_row
+
     row = make_rows(1)[0]
-    from imagine_opd.evaluation import _judge
 
     asked = Row(row.images, "which?", options=("red", "green"), answer="B")
-    assert _judge("<answer>(B) green</answer>", asked) is True
-    assert _judge("<answer>A</answer>", asked) is False
-    assert _judge("<answer>C</answer>", asked) is None
+    assert judge_row("<answer>(B) green</answer>", asked) is True
+    assert judge_row("<answer>A</answer>", asked) is False
+    assert judge_row("<answer>C</answer>", asked) is None

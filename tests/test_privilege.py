@@ -167,3 +167,31 @@ def test_privileges_that_do_not_go_together_are_refused(tmp_path, fields, words)
     with pytest.raises(ConfigError) as found:
         build_config(tmp_path, fields)
     assert words in str(found.value)
+
+
+def test_rows_without_what_a_privilege_needs_are_counted(make_rows, tmp_path, capsys):
+    from imagine_opd.api import report_missing
+
+    row = dataclasses.replace(make_rows(1)[0], hint="")
+    bare = dataclasses.replace(row, boxes=(), answer=None)
+    cases = [
+        ({}, "1 of 2 rows have no 'boxes'"),
+        ({"answer_hint": True}, "1 of 2 rows have no 'answer'"),
+        ({"text_hint": "row", "teacher_view": "whole"}, "2 of 2 rows have no 'hint'"),
+        ({"text_hint": "pixels", "teacher_view": "whole"}, "1 of 2 rows have no 'boxes': text_hint"),
+        ({"teacher_view": "images"}, "2 of 2 rows have no 'teacher_images'"),
+    ]
+    for fields, words in cases:
+        report_missing([row, bare], build_config(tmp_path, fields))
+        assert words in capsys.readouterr().out
+    report_missing([bare], build_config(tmp_path, {"teacher_view": "full_resolution"}))
+    assert capsys.readouterr().out == ""
+
+
+def test_ready_made_evidence_is_read_from_rows(tmp_path, make_rows):
+    from imagine_opd.data import load_rows
+
+    image = make_rows(1)[0].images[0]
+    given = [{"image": image, "question": "what ?", "teacher_images": [image], "privileged_context": "top-left"}]
+    (row,) = load_rows(given).rows
+    assert (row.teacher_images, row.hint) == ((image,), "top-left")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from imagine_opd.demo.recipe import TINY_RECIPE
-from imagine_opd.loss import select_active_tokens
 from imagine_opd.models import TokenIds, read_token_ids
 from imagine_opd.prompts import build_prompt
 from imagine_opd.rollout import HFEngine, SamplingConfig, finish_completions
@@ -50,13 +49,6 @@ def test_planted_vision_token_drops_its_row_and_no_other():
     assert rollouts.completion_ids_BT.tolist() == [[0, 0, 0], [5, 6, 9], [5, 9, 0]]
     assert rollouts.dropped == {"vision_token": 1}
     assert rollouts.sampling_logprobs_BT[0].tolist() == [0.0, 0.0, 0.0]
-
-
-def test_active_tokens_skip_the_first_and_leave_out_truncated_completions():
-    ids = TokenIds(eos=(9,), pad=0, vision=())
-    rollouts = finish_completions(torch.tensor([[5, 6, 9], [5, 6, 7]]), torch.zeros(2, 3), ids)
-    assert select_active_tokens(rollouts, ids, skip=1).long().tolist() == [[0, 1, 1], [0, 1, 1]]
-    assert select_active_tokens(rollouts, ids, mask_truncated=True).long().tolist() == [[1, 1, 1], [0, 0, 0]]
 
 
 def test_vision_ids_are_never_sampled_even_when_the_model_wants_nothing_else(tiny, prompts):

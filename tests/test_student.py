@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from imagine_opd.models import get_body, get_head
+from imagine_opd.models import find_head, get_body
 from imagine_opd.student import is_open, open_forward, run_inside
 
 
@@ -66,7 +66,7 @@ def test_a_copy_runs_its_own_weights(tiny, text_inputs):
     twin = copy.deepcopy(tiny.model)
     before = twin(**text_inputs).logits
     with torch.no_grad():
-        get_head(tiny.model).weight.zero_()
+        find_head(tiny.model).weight.zero_()
     assert torch.equal(twin(**text_inputs).logits, before)
     assert before.abs().max() > 0
     assert run_inside(twin, lambda model: model) is twin
@@ -84,7 +84,7 @@ def test_a_forward_of_the_instance_is_kept_and_copied(tiny, text_inputs):
     open_forward(tiny.model)
     twin = copy.deepcopy(tiny.model)
     with torch.no_grad():
-        get_head(tiny.model).weight.zero_()
+        find_head(tiny.model).weight.zero_()
     assert torch.equal(twin(**text_inputs).logits, expected * 2)
     assert run_inside(twin, lambda model: model) is twin
 
@@ -138,12 +138,12 @@ def test_fsdp2_gathers_the_weights_that_the_function_sees(tiny, text_inputs, one
     expected = tiny.model(**text_inputs).logits
     open_forward(tiny.model)
     fully_shard(tiny.model, mesh=init_device_mesh("cpu", (1,)))
-    assert isinstance(get_head(tiny.model).weight, DTensor)
+    assert isinstance(find_head(tiny.model).weight, DTensor)
     assert is_open(tiny.model)
 
     def project(model):
-        assert not isinstance(get_head(model).weight, DTensor)
-        return get_head(model)(get_body(model)(**text_inputs).last_hidden_state)
+        assert not isinstance(find_head(model).weight, DTensor)
+        return find_head(model)(get_body(model)(**text_inputs).last_hidden_state)
 
     assert torch.equal(run_inside(tiny.model, project), expected)
 

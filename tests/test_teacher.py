@@ -15,7 +15,7 @@ from imagine_opd.errors import TeacherError
 from imagine_opd.models import read_token_ids
 from imagine_opd.privilege import PrivilegeConfig, build_prompts
 from imagine_opd.rollout import HFEngine, SamplingConfig
-from imagine_opd.teacher import build_teacher, refuse_other_teacher, save_teacher_fingerprint
+from imagine_opd.teacher import build_teacher
 from imagine_opd.teacher_checks import TeacherReport, check_teacher, refuse_blind_prompt
 from imagine_opd.views import make_views
 
@@ -30,6 +30,7 @@ def pairs(tiny, make_rows):
 
 
 def run_checks(tiny, student, teacher, pairs, identical=True) -> TeacherReport:
+    teacher = getattr(teacher, "module", teacher)
     engine = HFEngine(read_token_ids(student, tiny.processor))
     return check_teacher(student, teacher, pairs, engine, SamplingConfig(18), 0, identical)
 
@@ -46,7 +47,7 @@ def test_sound_teacher_has_no_drift_low_entropy_and_a_gap(tiny, pairs):
 
 def test_teacher_is_a_frozen_copy_in_eval_mode(tiny):
     student = copy.deepcopy(tiny.model).train()
-    teacher = build_teacher(student, tiny.processor)
+    teacher = build_teacher(student, tiny.processor).module
     assert student.training
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -56,21 +57,21 @@ def test_teacher_is_a_frozen_copy_in_eval_mode(tiny):
 
 
 def test_dead_teacher_is_stopped(tiny, pairs):
-    dead = build_teacher(tiny.model, tiny.processor)
+    dead = build_teacher(tiny.model, tiny.processor).module
     torch.nn.init.zeros_(dead.get_output_embeddings().weight)
     with pytest.raises(TeacherError, match="the teacher is uniform"):
         run_checks(tiny, tiny.model, dead, pairs)
 
 
 def test_teacher_with_nan_weights_is_stopped(tiny, pairs):
-    broken = build_teacher(tiny.model, tiny.processor)
+    broken = build_teacher(tiny.model, tiny.processor).module
     broken.model.language_model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(TeacherError, match="NaN or infinity"):
         run_checks(tiny, tiny.model, broken, pairs)
 
 
 def test_copy_that_disagrees_under_one_view_is_stopped(tiny, pairs):
-    other = build_teacher(tiny.model, tiny.processor)
+    other = build_teacher(tiny.model, tiny.processor).module
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.9)
@@ -112,12 +113,12 @@ def test_scoring_that_reads_another_position_than_was_sampled_is_stopped(tiny, p
 
 
 def test_checkpoint_of_another_teacher_is_refused(tiny, tmp_path):
-    save_teacher_fingerprint(tiny.model, tmp_path)
-    refuse_other_teacher(tiny.model, tmp_path)
+    build_teacher(tiny.model, tiny.processor).save(tmp_path)
+    build_teacher(tiny.model, tiny.processor).load(tmp_path)
     with torch.no_grad():
         tiny.model.lm_head.weight[0, 0] += 1e-3
     with pytest.raises(TeacherError, match="was trained with another teacher"):
-        refuse_other_teacher(tiny.model, tmp_path)
+        build_teacher(tiny.model, tiny.processor).load(tmp_path)
 
 
 def test_teacher_of_another_vocabulary_is_refused(tiny, tmp_path):

@@ -67,16 +67,16 @@ def test_gradients_reach_only_the_student(tiny, make_rows, tmp_path, mode):
     gradients = compute_gradients(trainer, make_rows(4), 4)
     assert max(float(g.abs().max()) for g in gradients.values()) > 1e-6
     assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == set(gradients)
-    assert all(p.grad is None and not p.requires_grad for p in trainer.teacher.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in trainer.teacher.module.parameters())
 
 
 def test_teacher_keeps_its_weights_while_the_student_moves(tiny, make_rows, tmp_path):
     trainer = make_trainer(tiny, make_rows(8), tmp_path)
-    start = weights_of(trainer.teacher)
+    start = weights_of(trainer.teacher.module)
     trainer.train()
-    assert largest_difference(start, weights_of(trainer.teacher)) == 0.0
+    assert largest_difference(start, weights_of(trainer.teacher.module)) == 0.0
     assert largest_difference(start, weights_of(trainer.model)) > 1e-4
-    assert not trainer.teacher.training
+    assert not trainer.teacher.module.training
 
 
 @pytest.mark.parametrize("mode", ["full", "sampled_token"])
@@ -167,13 +167,13 @@ def test_resumed_run_equals_the_uninterrupted_one_tensor_for_tensor(tiny, make_r
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 4
     assert largest_difference(weights_of(whole.model), weights_of(resumed.model)) == 0.0
-    assert largest_difference(weights_of(whole.teacher), weights_of(resumed.teacher)) == 0.0
+    assert largest_difference(weights_of(whole.teacher.module), weights_of(resumed.teacher.module)) == 0.0
 
 
 def test_every_multimodal_key_reaches_both_forwards_and_no_positions_do(tiny, make_rows, tmp_path, monkeypatch):
     trainer = make_trainer(tiny, make_rows(2), tmp_path)
     seen = {}
-    for name, model in (("student", trainer.model), ("teacher", trainer.teacher)):
+    for name, model in (("student", trainer.model), ("teacher", trainer.teacher.module)):
         body = model.model
 
         def record(*args, _name=name, _forward=body.forward, **kwargs):
@@ -191,7 +191,7 @@ def test_every_multimodal_key_reaches_both_forwards_and_no_positions_do(tiny, ma
         assert int(inputs["mm_token_type_ids"].sum()) == merged
     assert len(seen["student"]["image_grid_thw"]) == 2
     assert len(seen["teacher"]["image_grid_thw"]) == 4
-    assert not torch.equal(trainer.model.model.rope_deltas, trainer.teacher.model.rope_deltas)
+    assert not torch.equal(trainer.model.model.rope_deltas, trainer.teacher.module.model.rope_deltas)
 
 
 def test_micro_batch_without_active_tokens_gives_zero_and_stays_attached(tiny, make_rows, tmp_path):
@@ -288,7 +288,7 @@ def test_generation_batch_size_bounds_a_call_and_leaves_the_loss_whole(tiny, mak
 def test_bf16_reaches_both_scored_forwards(tiny, make_rows, tmp_path):
     trainer = make_trainer(tiny, make_rows(2), tmp_path, bf16=True)
     seen = {}
-    for name, model in (("student", trainer.model), ("teacher", trainer.teacher)):
+    for name, model in (("student", trainer.model), ("teacher", trainer.teacher.module)):
         layer = model.model.language_model.layers[0].mlp.down_proj
         layer.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output.dtype}))
     micro_batches, total = take_micro_batches(trainer, make_rows(2), 2)

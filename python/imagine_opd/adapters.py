@@ -33,6 +33,7 @@ class Adapter:
     expand: view and processor to one `Expansion` per image, as the processor's own call makes it.
     join: the views of a batch's prompts to the model's pixel inputs.
     count_features: view and model config to the features that the model makes of each image.
+    placeholder: what the chat template puts for an image, before it is expanded.
     feature_token: the token whose place a feature takes. other_tokens: those that stand for vision too, in an
     expansion or for a video. None of them is ever sampled.
     split: the tiling switch that the processor passes at each call; `None`: as its image processor says.
@@ -45,6 +46,7 @@ class Adapter:
     expand: Callable[[View, Any], Sequence[Expansion]]
     join: Callable[[Sequence[View]], Arrays]
     count_features: Callable[[View, Any], Sequence[int]]
+    placeholder: Callable[[Any], str] = attrgetter("image_token")
     feature_token: Callable[[Any], str] = attrgetter("image_token")
     other_tokens: Callable[[Any], Sequence[str | None]] = lambda processor: ()
     split: bool | None = None
@@ -312,6 +314,7 @@ for _adapter in (
         expand=_expand_gemma3,
         join=join_frames,
         count_features=_count_gemma3,
+        placeholder=attrgetter("tokenizer.boi_token"),
         feature_token=attrgetter("tokenizer.image_token"),
         other_tokens=_name_gemma3,
         split=False,
@@ -365,8 +368,8 @@ def list_vision_tokens(processor: Any) -> list[str]:
     feature_token = adapter.feature_token(processor)
     if feature_token not in known:
         raise ConfigError(f"the tokenizer has no {feature_token!r}, where {type(processor).__name__} puts images")
-    others = [name for name in adapter.other_tokens(processor) if name in known]
-    return list(dict.fromkeys([feature_token, *(name for name in others if name is not None)]))
+    names = [feature_token, adapter.placeholder(processor), *adapter.other_tokens(processor)]
+    return list(dict.fromkeys(name for name in names if name is not None and name in known))
 
 
 def _list_names(field: str) -> str:

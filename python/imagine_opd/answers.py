@@ -9,9 +9,11 @@ import math
 import re
 
 from imagine_opd.errors import AnswerError
+from imagine_opd.types import Row
 
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _YES = {"yes", "true"}
 _NO = {"no", "false"}
 
@@ -85,3 +87,14 @@ def _read_number(text: str | None) -> float | None:
         return float(found[0].replace(",", "")) if len(found) == 1 else None
     except ValueError:
         return None
+
+
+def judge_row(text: str, row: Row) -> bool | None:
+    """Whether a completion gives the row's answer, a letter where it has options; `None`: no answer in it.
+
+    Raises `AnswerError` for a gold answer that cannot be compared with. `row.answer` must be there.
+    """
+    assert row.answer is not None
+    if row.options:
+        return is_correct(text, row.answer, letters=_LETTERS[: len(row.options)], kind="choice")
+    return is_correct(text, row.answer)

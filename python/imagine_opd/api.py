@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from imagine_opd.answers import extract_answer
+from imagine_opd.checkpoints import find_checkpoint
 from imagine_opd.config import ImagineOPDConfig, build_config, load_recipe
 from imagine_opd.data import BadRow, LoadedRows, load_rows
 from imagine_opd.data.load import describe_bad_rows, raise_bad_rows
 from imagine_opd.data.rows import RowContext, parse_row
 from imagine_opd.errors import ConfigError, ImageError, OutputError, RowError
 from imagine_opd.evaluation import EvalResult, answer_prompts, evaluate_model
+from imagine_opd.explain import check_and_explain
+from imagine_opd.explanation import Explanation
 from imagine_opd.models import load_model, load_processor, read_token_ids
+from imagine_opd.outputs import guard_writing
+from imagine_opd.privilege import ViewFunction
 from imagine_opd.prompts import build_prompt, refuse_placeholder
+from imagine_opd.report import format_text, write_page
 from imagine_opd.rollout import HFEngine
 from imagine_opd.settings import make_view_config
 from imagine_opd.trainer import ImagineOPDTrainer
 from imagine_opd.types import Row, ViewError
 from imagine_opd.views import check_images, make_views
 
+EXPLAIN_FILE = "explain.html"
 _CHECK_BATCH = 8  # float32 views of large images are 24 bytes a pixel
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gives back. metrics: the Trainer's final figures and the last `eval_` ones."""
+    """What a run gives back. metrics: the Trainer's final figures and the last `eval_` ones; of a dry run, which takes
+    0 steps, the teacher checks'."""
 
     output_dir: Path
     model: Any
@@ -58,6 +65,11 @@ def train(
     eval_data: Any = None,
     teacher: Any = None,
     resume_from_checkpoint: str | Path | bool | None = None,
+    dry_run: bool = False,
+    peft_config: Any = None,
+    student_view: ViewFunction | None = None,
+    teacher_view: ViewFunction | str | None = None,
+    reward_funcs: Any = None,
     **config: Any,
 ) -> TrainResult:
     """Train `model` by Imagine-OPD (arXiv 2606.08719) on rows of image + question + boxes; save it in `output_dir`.
@@ -68,11 +80,107 @@ def train(
             file, bytes or PIL) or `images`, `question` or `messages`, `boxes` (pixels after EXIF, `xyxy`), and
             optionally `box_format`, `answer`, `options`, `id`.
         teacher: another checkpoint; `None` is the frozen initial model.
-        resume_from_checkpoint: a `checkpoint-N` folder, or `True` for the last one in `output_dir`.
+        resume_from_checkpoint: a `checkpoint-N` folder, `True` for the last complete one in `output_dir`, or `"auto"`:
+            that one, and a fresh start when there is none.
+        dry_run: check and prepare everything, train nothing: the first row is explained on standard output and in
+            `output_dir/explain.html`, and no checkpoint is written.
+        peft_config: a `peft.LoraConfig`, in place of the fields `use_peft` and `lora_...`.
+        student_view, teacher_view: functions of a `Row` to a `SideView`, what a side is shown and told, in place of the
+            config's privilege; a name is the config's field `teacher_view`.
+        reward_funcs: functions of (rows, completions) to rewards, or `"accuracy"`, beside the teacher.
         **config: fields of `ImagineOPDConfig`; a model folder saved by us brings its own prompts and pixel budgets.
 
     Everything is checked before the first file is written. Raises `ConfigError`, `RowError`, `TeacherError` or
-    `OutputError`, each also the standard-library error it is.
+    `OutputError`, each also the standard-library error it is; and `RunStoppedError`, a `SystemExit`, when SIGTERM or
+    SIGINT stopped the run: a checkpoint of the step is then saved.
+    """
+    if isinstance(teacher_view, str):
+        config["teacher_view"] = teacher_view
+    trainer, resume = prepare_run(
+        model,
+        data,
+        output_dir,
+        processor,
+        eval_data,
+        teacher,
+        resume_from_checkpoint,
+        config,
+        peft_config=peft_config,
+        student_view=student_view,
+        teacher_view=None if isinstance(teacher_view, str) else teacher_view,
+        reward_funcs=reward_funcs,
+    )
+    if dry_run:
+        if resume is not None:
+            trainer.teacher.load(resume)
+        explanation = show_explanation(trainer, 0, Path(trainer.args.output_dir, EXPLAIN_FILE))
+        return TrainResult(
+            Path(trainer.args.output_dir), trainer.model, trainer.processor, dict(explanation.teacher_checks), 0
+        )
+    output = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if trainer.args.merge_adapter:
+        trainer.save_merged_model()
+    metrics = dict(output.metrics)
+    if eval_data is not None:
+        metrics.update(trainer.evaluate())
+    with guard_writing(Path(trainer.args.output_dir), "the run's state"):
+        trainer.save_state()
+    return TrainResult(
+        Path(trainer.args.output_dir), trainer.model, trainer.processor, metrics, trainer.state.global_step
+    )
+
+
+def explain_row(
+    model: Any,
+    data: Any,
+    row: int = 0,
+    *,
+    html: str | Path | None = None,
+    output_dir: str | Path = "run",
+    processor: Any = None,
+    eval_data: Any = None,
+    teacher: Any = None,
+    resume_from_checkpoint: str | Path | bool | None = None,
+    **config: Any,
+) -> Explanation:
+    """Prepare a run as `train` does, print what becomes of one row in it, and write it to `html` where given.
+
+    `row` counts the usable rows from 0. Nothing is trained. Raises what `train` raises; a failed teacher check is
+    raised after the explanation is out.
+    """
+    trainer, _ = prepare_run(model, data, output_dir, processor, eval_data, teacher, resume_from_checkpoint, config)
+    return show_explanation(trainer, row, None if html is None else Path(html))
+
+
+def show_explanation(trainer: ImagineOPDTrainer, row: int, html: Path | None) -> Explanation:
+    """Check the teacher, explain the row: the main process prints it and writes the page."""
+    explanation, fault = check_and_explain(trainer, row, trainer.run_plan.describe() if trainer.run_plan else None)
+    if trainer.is_world_process_zero():
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(format_text(explanation, colour=colour), flush=True)
+        if html is not None:
+            write_page(explanation, html)
+            print(f"\nthe page is {html}", flush=True)
+    if fault is not None:
+        raise fault
+    return explanation
+
+
+def prepare_run(
+    model: Any,
+    data: Any,
+    output_dir: str | Path,
+    processor: Any,
+    eval_data: Any,
+    teacher: Any,
+    resume_from_checkpoint: str | Path | bool | None,
+    config: dict[str, Any],
+    **parts: Any,
+) -> tuple[ImagineOPDTrainer, str | None]:
+    """Everything that `train` checks and makes before its first step: the trainer, and the checkpoint to go on from.
+
+    `parts`: more arguments of `ImagineOPDTrainer`.
     """
     args = build_config(output_dir, {**load_recipe(model), **config})
     refuse_unwritable(Path(args.output_dir))
@@ -89,15 +197,10 @@ def train(
         eval_dataset=eval_rows,
         processor=processor,
         teacher=teacher,
+        **parts,
         run_description={**{name: describe(value) for name, value in described.items()}, "rows": len(rows)},
     )
-    output = trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    metrics = dict(output.metrics)
-    if eval_rows is not None:
-        metrics.update(trainer.evaluate())
-    trainer.save_state()
-    return TrainResult(Path(args.output_dir), trainer.model, trainer.processor, metrics, trainer.state.global_step)
+    return trainer, resume
 
 
 def evaluate(
@@ -171,32 +274,24 @@ def load_checked_rows(data: Any, processor: Any, args: ImagineOPDConfig) -> tupl
 
 
 def report_missing(rows: Sequence[Row], args: ImagineOPDConfig) -> None:
-    """Say how many rows have no evidence to show the teacher, and how many no answer for a hint that was asked for."""
-    without_box = sum(not row.boxes for row in rows)
-    if without_box:
-        print(f"{without_box} of {len(rows)} rows have no 'boxes': their teacher sees no more than the student")
-    without_answer = sum(row.answer is None for row in rows)
-    if args.answer_hint and without_answer:
-        print(f"{without_answer} of {len(rows)} rows have no 'answer': answer_hint has nothing to say there")
-
-
-def find_checkpoint(resume: str | Path | bool | None, folder: Path) -> str | None:
-    """The checkpoint folder to resume from, complete; `None` for a fresh start. Raises `ConfigError`."""
-    if resume is None or resume is False:
-        return None
-    found: str | Path | bool | None = resume
-    if resume is True:
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if found is None:
-            raise ConfigError(f"resume_from_checkpoint=True: {str(folder)!r} holds no checkpoint to resume from")
-    path = Path(str(found))
-    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
-        if not (path / name).is_file():
-            raise ConfigError(
-                f"resume_from_checkpoint={str(path)!r}: has no {name}, so the run could not go on exactly; "
-                "give a complete checkpoint-N folder (save_only_model=False)"
-            )
-    return str(path)
+    """Say of each privilege that was asked for how many rows have nothing for it."""
+    needs_boxes = args.teacher_view.startswith("crops")
+    wanted: dict[str, tuple[str, bool, Callable[[Row], object]]] = {
+        "boxes": ("their teacher sees no more than the student", needs_boxes, lambda row: row.boxes),
+        "answer": ("answer_hint has nothing to say there", args.answer_hint, lambda row: row.answer is not None),
+        "hint": ("text_hint='row' has nothing to say there", args.text_hint == "row", lambda row: row.hint),
+        "teacher_images": (
+            "their teacher sees no more than the student",
+            args.teacher_view == "images",
+            lambda row: row.teacher_images,
+        ),
+    }
+    if args.text_hint in ("relative_1000", "pixels") and not needs_boxes:
+        wanted["boxes"] = ("text_hint has nothing to say there", True, lambda row: row.boxes)
+    for name, (what, is_wanted, has) in wanted.items():
+        without = sum(not has(row) for row in rows)
+        if is_wanted and without:
+            print(f"{without} of {len(rows)} rows have no '{name}': {what}")
 
 
 def refuse_unwritable(folder: Path) -> None:

@@ -14,18 +14,23 @@ import torch
 from accelerate import Accelerator
 
 from imagine_opd.config import ImagineOPDConfig
-from imagine_opd.distributed import gather_parameters, is_sharded, max_over_ranks, sum_over_ranks
+from imagine_opd.distributed import max_over_ranks, sum_over_ranks
 from imagine_opd.errors import RowError
-from imagine_opd.loss import select_active_tokens
+from imagine_opd.evaluation import decode_completions
+from imagine_opd.leak_loss import weigh_leaks
+from imagine_opd.leak_meter import LeakMeter
 from imagine_opd.metrics import StepMetrics
 from imagine_opd.privilege import ViewFunction, build_pairs
+from imagine_opd.rewards import RewardFunction, compute_rewards, normalise_rewards
 from imagine_opd.rollout import HFEngine
 from imagine_opd.rollout.finish import join_rollouts
 from imagine_opd.rollout.sampler import mix_seed
 from imagine_opd.settings import make_privilege_config, make_sampling_config
+from imagine_opd.sharding import gather_parameters, is_sharded
+from imagine_opd.token_weights import make_token_weights
 from imagine_opd.types import PromptPair, Rollouts, Row, ViewConfig, ViewError
 
-# B completions, T completion tokens
+# B completions, T completion tokens, N kept response tokens, D hidden
 
 _MOST_EMPTY_STEPS = 10
 _SPARE_SEARCH = 64
@@ -44,6 +49,15 @@ class MicroBatch:
     weights_BT: torch.Tensor
     is_used: bool = True
     """False: a spare row stands in, so that this process goes through the same forwards as the others."""
+    teacher_hidden_ND: torch.Tensor | None = None
+    """Where the teacher was run before the step's first backward (`step_advantages`), as the two below."""
+    neutral_hidden_ND: torch.Tensor | None = None
+    advantages_N: torch.Tensor | None = None
+    distill_B: torch.Tensor | None = None
+    """Where there are rewards: factor of the teacher's loss, and the rewards' advantage below."""
+    reward_advantages_B: torch.Tensor | None = None
+    leaked_BT: torch.Tensor | None = None
+    """Tokens with an unlikelihood loss of their own."""
 
 
 class BatchBuilder:
@@ -61,12 +75,15 @@ class BatchBuilder:
         spare_rows: Iterable[Row],
         student_view: ViewFunction | None = None,
         teacher_view: ViewFunction | None = None,
+        reward_functions: Sequence[RewardFunction] = (),
     ) -> None:
         self.processor, self.engine, self.view_config, self.args = processor, engine, view_config, args
         self.accelerator, self.metrics, self.say = accelerator, metrics, say
         self.privilege_config = make_privilege_config(args)
         self.student_view, self.teacher_view = student_view, teacher_view
+        self.reward_functions = tuple(reward_functions)
         self.sampling = make_sampling_config(args)
+        self.leak_meter = LeakMeter(processor.tokenizer, metrics, args.leak_ngram, args.leak_phrases)
         self.spare_rows = spare_rows
         self._spare: tuple[Row, PromptPair] | None = None
         self._empty_steps = 0
@@ -88,9 +105,11 @@ class BatchBuilder:
         seeds = [mix_seed(self.args.seed, step, places[index], copy) for index in kept for copy in range(copies)]
         self._refuse_empty_steps(len(prompts))
         rollouts = self.sample(model, prompts, seeds)
-        weights_BT = select_active_tokens(
-            rollouts, self.engine.token_ids, self.args.num_loss_tokens_to_skip, self.args.mask_truncated_completions
-        ).float()
+        leaked_BT = self.leak_meter.mark([pair for pair in pairs if pair for _ in range(copies)], rollouts)
+        weights_BT = make_token_weights(rollouts, self.engine.token_ids, self.args)
+        distill_B, advantages_B = self._reward([rows[index] for index in kept for _ in range(copies)], rollouts)
+        weights_BT = weigh_leaks(weights_BT, leaked_BT, self.args.leak_action)
+        unlikely_BT = leaked_BT if self.args.leak_action == "unlikelihood" else None
         micro_batches, start, begin = [], 0, 0
         for batch in batches:
             used = [index for index in range(start, start + len(batch)) if pairs[index] is not None]
@@ -104,6 +123,9 @@ class BatchBuilder:
                         prompts=tuple(pair for _, pair in doubled),
                         rollouts=rollouts.select(part),
                         weights_BT=weights_BT[part],
+                        distill_B=None if distill_B is None else distill_B[part],
+                        reward_advantages_B=None if advantages_B is None else advantages_B[part],
+                        leaked_BT=None if unlikely_BT is None else unlikely_BT[part],
                     )
                 )
                 self._spare = self._spare or found[0]
@@ -149,6 +171,24 @@ class BatchBuilder:
             for _ in range(missing):  # the other processes are still sampling: their collectives need this one
                 self.engine.generate(gathered, [self._find_spare()[1].student], self.sampling, 0, synced=True)
         return join_rollouts(parts, self.engine.token_ids.pad)
+
+    def _reward(self, rows: Sequence[Row], rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """`distill_B` and `reward_advantages_B` of all completions; nothing without reward functions."""
+        if not self.reward_functions:
+            return None, None
+        with self.metrics.stage("reward"):
+            texts = decode_completions(self.processor, rollouts.completion_ids_BT, rollouts.completion_mask_BT)
+            rewards_B = compute_rewards(self.reward_functions, rows, texts)
+        rewards_B[~rollouts.completion_mask_BT.any(dim=1).cpu()] = torch.nan  # dropped: no part of its group
+        known_B = rewards_B[~rewards_B.isnan()]
+        self.metrics.add_mean("reward", float(known_B.sum()), len(known_B))
+        advantages_B = normalise_rewards(rewards_B, self.args.num_generations, self.args.scale_rewards)
+        won_B = rewards_B >= self.args.success_reward  # false for NaN
+        distill_B = torch.where(won_B & self.args.distill_failures_only, 0.0, 1.0)
+        if self.args.distill_failures_only:
+            self.metrics.add_mean("reward/failures", float((~won_B).sum()), len(won_B))
+        device = rollouts.completion_ids_BT.device
+        return distill_B.to(device), advantages_B.to(device)
 
     def _find_places(self, sizes: Sequence[int]) -> list[int]:
         """Each row's place in the step over all processes: micro-batch by micro-batch, then rank by rank."""

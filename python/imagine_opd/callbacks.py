@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from imagine_opd.outputs import guard_writing
+
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
 RUN_FILE = "run.json"
@@ -28,7 +30,10 @@ class RunFolderCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir)
+        with guard_writing(Path(args.output_dir), RUN_FILE):
+            self._begin_files(Path(args.output_dir), args, state)
+
+    def _begin_files(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, COMPLETIONS_FILE):
             if state.global_step > 0:
@@ -68,12 +73,27 @@ class StepProgressCallback(ProgressCallback):
         self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
 
 
+class TeacherUpdateCallback(TrainerCallback):
+    """Lets a moving teacher follow the student after each optimizer step."""
+
+    def __init__(self, teacher: Any) -> None:
+        self.teacher = teacher
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A step that was left out (overflow, a loss that is not finite) moves no student, and so no average of it.
+        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self.teacher.update(kwargs["model"])
+
+
 def append_line(path: Path, item: dict[str, Any]) -> None:
     """Append one JSON line; a number that is not finite is written as `null`."""
     plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in item.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(plain, ensure_ascii=False, default=float) + "\n")
+    with guard_writing(path, "a line of the log"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain, ensure_ascii=False, default=float) + "\n")
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -1,31 +1,46 @@
-"""Several processes: sums over ranks, and a sharded model's weights made whole for a while."""
+"""Several processes: figures over all ranks, and launches that would train something else made right or refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import dataclasses
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import distributed
 
+from imagine_opd.errors import ConfigError
+
+# Figures
+
 
 def sum_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
-    """Each figure summed over all processes; the names must be the same on each."""
+    """Each figure summed over all processes; a name that a process lacks counts as 0 there."""
+    sums: dict[str, float] = {}
+    for own in gather_figures(dict(values)):
+        for name, value in own.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def sum_tensor_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor summed over all processes; its shape and dtype must be the same on each."""
     if not _is_several():
-        return dict(values)
-    sums = torch.tensor(list(values.values()), dtype=torch.float64, device=_device())
-    distributed.all_reduce(sums)
-    return dict(zip(values, sums.tolist(), strict=True))
+        return tensor
+    total = tensor.to(_device(), copy=True)
+    distributed.all_reduce(total)
+    return total.to(tensor.device)
 
 
 def max_over_ranks(value: int) -> int:
     """The largest over all processes."""
-    if not _is_several():
-        return value
-    largest = torch.tensor(value, device=_device())
-    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
-    return int(largest)
+    return int(max(gather_figures(value)))
+
+
+def get_place() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    return (distributed.get_rank(), distributed.get_world_size()) if _is_several() else (0, 1)
 
 
 def gather_figures(own: Any) -> list[Any]:
@@ -37,17 +52,67 @@ def gather_figures(own: Any) -> list[Any]:
     return found
 
 
-def is_sharded(model: Any) -> bool:
-    """Whether a forward of the model takes collectives (FSDP2)."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(model, FSDPModule)
+# Launches
 
 
-@contextmanager
-def gather_parameters(model: Any) -> Iterator[Any]:
-    """The model with whole weights for generation."""
-    yield getattr(model, "module", model)
+def settle_launch(args: Any) -> None:
+    """Make the launch what was asked for, or raise `ConfigError`; call it before the model is loaded.
+
+    Accelerate takes FSDP and DeepSpeed for GPUs only: CPU processes would train DDP without a word. Here they are
+    sharded over gloo, as tests and rehearsals need it.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and args.world_size == 1:
+        raise ConfigError(
+            f"{started} processes were started and each would train alone, as this machine has no GPU: "
+            "set use_cpu=True to train on CPU together"
+        )
+    on_cpu = PartialState().distributed_type == DistributedType.MULTI_CPU
+    if bool(args.fsdp) or _is_true("ACCELERATE_USE_FSDP"):
+        _refuse_bad_fsdp(args)
+        if on_cpu:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    elif on_cpu and (bool(args.deepspeed) or _is_true("ACCELERATE_USE_DEEPSPEED")):
+        import deepspeed
+
+        deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # it would turn DeepSpeed off again; `args.device` is settled
+
+
+def _refuse_bad_fsdp(args: Any) -> None:
+    chosen = (args.fsdp_plugin_args or {}) if args.fsdp else {}
+    version = int(chosen.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
+    if version != 2:
+        raise ConfigError(f"fsdp_version={version}: the loss runs inside the model's forward, which needs FSDP2; set 2")
+    if _is_true("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ConfigError(
+            "fsdp_cpu_ram_efficient_loading=true loads the weights in one process only, and the teacher is made before "
+            "they are shared out; set it to false"
+        )
+
+
+def count_own_rows(rows: int, batch_size: int, rank: int, ranks: int) -> int:
+    """How many rows of a process's last batch of an epoch are its own; the rest repeat the epoch's first rows.
+
+    Accelerate fills the last batches up so that all processes have as many.
+    """
+    left = rows % (batch_size * ranks)
+    return batch_size if left == 0 else min(max(left - rank * batch_size, 0), batch_size)
+
+
+def keep_fp32_results(accelerator: Any) -> None:
+    """Under FSDP2 in 16 bits: reduce gradients in fp32, and return the loss and its figures as they were computed.
+
+    Accelerate's own policy rounds both to 16 bits.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if plugin is not None and policy is not None and policy.param_dtype is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def _is_several() -> bool:
@@ -55,4 +120,9 @@ def _is_several() -> bool:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")
+    # FSDP's backend is "cuda:nccl,cpu:gloo".
+    return torch.device("cuda" if "nccl" in str(distributed.get_backend()) else "cpu")
+
+
+def _is_true(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")

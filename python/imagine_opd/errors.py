@@ -29,3 +29,22 @@ class OutputError(ImagineError, OSError):
 
 class AnswerError(ImagineError, ValueError):
     """An answer cannot be scored as asked: an unknown kind, or gold text that does not parse."""
+
+
+class RunStoppedError(ImagineError, SystemExit):
+    """A run was stopped by a signal after it saved a checkpoint. Uncaught, the process ends with 128 + the signal."""
+
+    code: int
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+        self.code = 128 + signal_number
+
+
+class DivergenceError(ImagineError, ArithmeticError):
+    """The run makes figures that are not finite, step after step, and cannot go on."""
+
+
+class DeviceMemoryError(ImagineError, MemoryError):
+    """A micro-batch does not fit into memory; the text says what it held and what to change."""

@@ -10,17 +10,23 @@ from typing import Any
 
 import torch
 
-from imagine_opd.answers import is_correct
+from imagine_opd.answers import judge_row
 from imagine_opd.config import ImagineOPDConfig
+from imagine_opd.distributed import gather_figures, get_place
 from imagine_opd.errors import ConfigError, RowError
 from imagine_opd.models import read_token_ids
+from imagine_opd.privilege import build_pairs
 from imagine_opd.prompts import build_prompt
 from imagine_opd.rollout import HFEngine, SamplingConfig
+from imagine_opd.settings import make_privilege_config
 from imagine_opd.types import Prompt, Row, ViewConfig, ViewError
 from imagine_opd.views import make_views
 
 MODES = ("direct", "imagine", "zoom", "teacher")
 _Z95 = 1.959963984540054
+
+_Answered = tuple[int, str, bool | None]
+"""Place of the row, its completion, and whether that is right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +64,14 @@ def evaluate_model(
     config: ImagineOPDConfig,
     modes: Sequence[str] = ("imagine",),
     batch_size: int = 64,
+    shared: bool = False,
 ) -> EvalResult:
     """Answer every row greedily in each mode and compare with its `answer` (a letter where it has options).
 
+    shared: all processes call this; each answers its part of the rows, and all get the whole result.
+
     Modes: `direct` (global image, answer at once), `imagine` (global image, the trained instruction), `zoom` (global
-    image and crops, the student's instruction), `teacher` (the same with the teacher's instruction).
+    image and crops, the student's instruction), `teacher` (what the config shows and tells the teacher).
     """
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise ConfigError(f"unknown evaluation mode {unknown[0]!r}; expected {', '.join(MODES)}")
@@ -72,21 +81,24 @@ def evaluate_model(
     engine = HFEngine(read_token_ids(model, processor))
     results: dict[str, ModeResult] = {}
     left_out = len(rows) - len(usable)
+    rank, ranks = get_place() if shared else (0, 1)
     for mode in modes:
         started = time.perf_counter()
-        completions: list[str] = []
-        verdicts: list[bool | None] = []
-        tokens = skipped = 0
-        for start in range(0, len(usable), batch_size):
-            batch = usable[start : start + batch_size]
-            prompts, kept = _build_mode_prompts(batch, processor, view_config, config, mode)
-            skipped += len(batch) - len(kept)
+        answered: list[_Answered] = []
+        tokens = 0
+        own = range(rank, len(usable), ranks)
+        for start in range(0, len(own), batch_size):
+            places = own[start : start + batch_size]
+            prompts, kept = _build_mode_prompts([usable[i] for i in places], processor, view_config, config, mode)
             texts, count = answer_prompts(model, processor, engine, prompts, config.max_completion_length)
             tokens += count
-            completions += texts
-            verdicts += [_judge(text, row) for text, row in zip(texts, kept, strict=True)]
-        results[mode] = _summarise(completions, verdicts, tokens, time.perf_counter() - started)
-        left_out = max(left_out, len(rows) - len(usable) + skipped)
+            for index, text in zip(kept, texts, strict=True):
+                answered.append((places[index], text, judge_row(text, usable[places[index]])))
+        seconds = time.perf_counter() - started
+        parts = gather_figures((answered, tokens, seconds)) if shared else [(answered, tokens, seconds)]
+        answered = sorted((item for part in parts for item in part[0]), key=lambda item: item[0])
+        results[mode] = _summarise(answered, sum(part[1] for part in parts), max(part[2] for part in parts))
+        left_out = max(left_out, len(rows) - len(answered))
     return EvalResult(results, left_out)
 
 
@@ -121,32 +133,25 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 def _build_mode_prompts(
     rows: Sequence[Row], processor: Any, view_config: ViewConfig, config: ImagineOPDConfig, mode: str
-) -> tuple[list[Prompt], list[Row]]:
-    template = {
-        "direct": config.direct_prompt_template,
-        "imagine": config.student_prompt_template,
-        "zoom": config.student_prompt_template,
-        "teacher": config.teacher_prompt_template,
-    }[mode]
+) -> tuple[list[Prompt], list[int]]:
+    """The prompts of one mode, and of which rows they are: those that can be shown."""
+    if mode == "teacher":
+        pairs = build_pairs(rows, processor, view_config, make_privilege_config(config))
+        found = [(pair.teacher, index) for index, pair in enumerate(pairs) if not isinstance(pair, ViewError)]
+        return [prompt for prompt, _ in found], [index for _, index in found]
     prompts, kept = [], []
-    for row, views in zip(rows, make_views(rows, view_config), strict=True):
+    template = config.direct_prompt_template if mode == "direct" else config.student_prompt_template
+    for index, (row, views) in enumerate(zip(rows, make_views(rows, view_config), strict=True)):
         if isinstance(views, ViewError):
             continue
-        view = views.student if mode in ("direct", "imagine") else views.teacher
+        view = views.teacher if mode == "zoom" else views.student
         prompts.append(build_prompt(row, view, processor, template, config.chat_template_kwargs))
-        kept.append(row)
+        kept.append(index)
     return prompts, kept
 
 
-def _judge(text: str, row: Row) -> bool | None:
-    assert row.answer is not None
-    if row.options:
-        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(row.options)]
-        return is_correct(text, row.answer, letters=letters, kind="choice")
-    return is_correct(text, row.answer)
-
-
-def _summarise(completions: list[str], verdicts: list[bool | None], tokens: int, seconds: float) -> ModeResult:
+def _summarise(answered: list[_Answered], tokens: int, seconds: float) -> ModeResult:
+    verdicts = [verdict for _, _, verdict in answered]
     total, correct = len(verdicts), sum(verdict is True for verdict in verdicts)
     low, high = wilson_interval(correct, total)
     return ModeResult(
@@ -157,6 +162,6 @@ def _summarise(completions: list[str], verdicts: list[bool | None], tokens: int,
         unparsed=sum(verdict is None for verdict in verdicts),
         mean_tokens=tokens / total if total else 0.0,
         seconds=seconds,
-        completions=tuple(completions),
+        completions=tuple(text for _, text, _ in answered),
         correct=tuple(verdict is True for verdict in verdicts),
     )

@@ -1,8 +1,11 @@
 """The objective: hidden states of both sides to one scalar and its per-token statistics.
 
-full:          L_t = KL(p_S || p_T) over the vocabulary
-sampled_token: L_t = -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), dual clip for A < 0,
-               r = p_S(y_t) / p_old(y_t), A = log p_T(y_t) - log p_old(y_t), no gradient through A
+full:          L_t = D(p_S, p_T) over the vocabulary (`divergences`)
+topk_tail:     the same over the student's k likeliest tokens and one cell for all others
+sampled_token: PPO-clipped policy gradient with the log-ratio to the teacher as advantage (`advantages`)
+
+Departures from the sister methods' code:
+1. Between its ends the JSD is divided by alpha (1 - alpha), so that alpha is not a learning rate (`divergences`).
 """
 
 from __future__ import annotations
@@ -12,32 +15,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from imagine_opd.kernels import BackendName, OutputHead, TokenStats, linear_token_stats
-from imagine_opd.models import TokenIds
-from imagine_opd.rollout.finish import find_truncated
-from imagine_opd.types import Rollouts, Scores
+from imagine_opd.advantages import clip_policy_loss
+from imagine_opd.dense import dense_token_stats
+from imagine_opd.divergences import Divergence, choose_stats_options, read_divergence
+from imagine_opd.kernels import OutputHead, TokenStats, linear_token_stats
+from imagine_opd.leak_loss import unlikelihood
+from imagine_opd.objective_config import ObjectiveConfig
+from imagine_opd.tilt import tilt_target, weigh_evidence
+from imagine_opd.types import Scores
 
-# N kept response tokens, V vocabulary
+__all__ = ["Objective", "ObjectiveConfig", "clip_policy_loss", "objective"]
 
-
-@dataclass(frozen=True, slots=True)
-class ObjectiveConfig:
-    """The fields of `ImagineOPDConfig` that the objective reads, under the same names."""
-
-    distillation_mode: str = "full"
-    temperature: float = 1.0
-    epsilon: float = 0.2
-    epsilon_high: float = 0.3
-    dual_clip: float = 3.0
-    advantage_baseline: str = "none"
-    kernel_backend: BackendName = "auto"
+# N kept response tokens, C rows of a chunk, V vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The sum of the per-token losses (divide by the global token count) and the statistics they came from.
+    """The weighted sum of the per-token losses (divide by the step's sum of weights) and the statistics behind it.
 
-    `loss_sum` carries the gradient and can be differentiated once; the rest are constants.
+    `loss_sum` carries the gradient and can be differentiated once; the rest are constants. `loss_N` is weighted, and
+    the statistics are those of the whole vocabulary against the target, contrast included.
     """
 
     loss_sum: torch.Tensor
@@ -45,54 +42,115 @@ class Objective:
     stats: TokenStats
 
 
-def select_active_tokens(
-    rollouts: Rollouts, token_ids: TokenIds, skip: int = 0, mask_truncated: bool = False
-) -> torch.Tensor:
-    """`[B, T]` bool: the response tokens that enter the loss."""
-    active_BT = rollouts.completion_mask_BT.clone()
-    active_BT[:, :skip] = False
-    if mask_truncated:
-        active_BT &= ~find_truncated(rollouts, token_ids)[:, None]
-    return active_BT
-
-
 def objective(
     scores: Scores, student_head: nn.Linear | OutputHead, teacher_head: nn.Linear | OutputHead, config: ObjectiveConfig
 ) -> Objective:
     """Loss of the kept tokens. With no token the loss is exactly 0 and still attached to the student's graph.
 
-    Logits exist for a chunk of rows at a time, in fp32 whatever the heads' dtype.
+    Logits exist for a chunk of rows at a time, in fp32 whatever the heads' dtype. The kernels of `kernels` do it where
+    they have the divergence, else `dense`, in plain PyTorch.
     """
-
-    def compute_row_loss(stats: TokenStats, sampling_logprobs_C: torch.Tensor) -> torch.Tensor:
-        if config.distillation_mode == "full":
-            return stats.reverse_kl_N
-        return clip_policy_loss(stats, sampling_logprobs_C, config)
-
-    stats = linear_token_stats(
-        scores.student_hidden_ND,
-        student_head,
-        scores.teacher_hidden_ND,
-        teacher_head,
-        scores.token_ids_N,
-        compute_row_loss,
-        row_inputs=(scores.sampling_logprobs_N,),
-        temperature=config.temperature,
-        backend=config.kernel_backend,
+    has_advantages = scores.advantages_N is not None
+    assert has_advantages == config.shapes_advantages, "advantages of the whole step: give them where they are shaped"
+    target_ND, tilt = tilt_target(
+        scores.teacher_hidden_ND, scores.neutral_hidden_ND, teacher_head, config.contrast_beta
     )
+    weights_N = _make_weights(scores, teacher_head, config)
+    extras_N3 = _stack_extras(scores, weights_N, config)
+    advantages_N = scores.advantages_N if scores.advantages_N is not None else torch.zeros_like(weights_N)
+
+    def compute_row_loss(
+        stats: TokenStats,
+        divergence_C: torch.Tensor,
+        sampling_logprobs_C: torch.Tensor,
+        weights_C: torch.Tensor,
+        advantages_C: torch.Tensor,
+        extras_C3: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if config.distillation_mode == "sampled_token":
+            given_C = advantages_C if has_advantages else None
+            loss_C = clip_policy_loss(stats, sampling_logprobs_C, config, given_C)
+        else:
+            loss_C = bound_divergence(divergence_C, stats, sampling_logprobs_C, config)
+        if extras_C3 is not None:
+            distill_C, rewards_C, leaks_C = extras_C3.unbind(dim=1)
+            reward_loss_C = clip_policy_loss(stats, sampling_logprobs_C, config, rewards_C)
+            loss_C = distill_C * loss_C + config.reward_weight * reward_loss_C
+            loss_C = loss_C + unlikelihood(stats.student_logprob_N, leaks_C)
+        return weights_C * loss_C
+
+    divergence = make_divergence(config)
+    row_inputs = (scores.sampling_logprobs_N, weights_N, advantages_N, *(() if extras_N3 is None else (extras_N3,)))
+    sides = (scores.student_hidden_ND, student_head, target_ND, teacher_head, scores.token_ids_N)
+    if divergence.is_plain and tilt is None:
+        stats = linear_token_stats(
+            *sides,
+            lambda stats, *inputs: compute_row_loss(stats, read_divergence(stats, divergence.alpha), *inputs),
+            row_inputs=row_inputs,
+            temperature=config.temperature,
+            backend=config.kernel_backend,
+            options=choose_stats_options(divergence.alpha),
+        )
+    else:
+        stats = dense_token_stats(
+            *sides,
+            compute_row_loss,
+            row_inputs=row_inputs,
+            divergence=divergence,
+            temperature=config.temperature,
+            backend=config.kernel_backend,
+            tilt=tilt,
+        )
     assert stats.loss is not None
     assert stats.loss_N is not None
     return Objective(stats.loss, stats.loss_N, stats)
 
 
-def clip_policy_loss(stats: TokenStats, sampling_logprobs_N: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
-    """PPO-clipped policy gradient per token, with the log-ratio to the teacher as advantage."""
-    advantage_N = (stats.teacher_logprob_N - sampling_logprobs_N).detach()
-    if config.advantage_baseline == "expected":
-        # E over y ~ p_S of log p_T(y) - log p_S(y) is -KL: an exact baseline, free from the same pass.
-        advantage_N = advantage_N + stats.reverse_kl_N.detach()
-    ratio_N = torch.exp(stats.student_logprob_N - sampling_logprobs_N)
-    clipped_N = ratio_N.clamp(1.0 - config.epsilon, 1.0 + config.epsilon_high)
-    loss_N = torch.maximum(-ratio_N * advantage_N, -clipped_N * advantage_N)
-    bounded_N = torch.minimum(loss_N, -config.dual_clip * advantage_N)
-    return torch.where(advantage_N < 0, bounded_N, loss_N)
+def make_divergence(config: ObjectiveConfig) -> Divergence:
+    """The divergence that the config names; the plain reverse KL, unused but logged, for sampled tokens."""
+    topk = config.distillation_topk if config.distillation_mode == "topk_tail" else None
+    return Divergence(config.distillation_alpha, topk, config.distillation_kl_clip)
+
+
+def bound_divergence(
+    divergence_N: torch.Tensor, stats: TokenStats, sampling_logprobs_N: torch.Tensor, config: ObjectiveConfig
+) -> torch.Tensor:
+    """The loss of each token: its divergence, bounded, times the clipped importance ratio of the sampled token."""
+    loss_N = divergence_N
+    if config.loss_max_clamp is not None:
+        loss_N = loss_N.clamp(-config.loss_max_clamp, config.loss_max_clamp)
+    if config.distillation_is_clip is not None:
+        ratio_N = torch.exp(stats.student_logprob_N.detach() - sampling_logprobs_N)
+        loss_N = loss_N * ratio_N.clamp(max=config.distillation_is_clip)
+    return loss_N
+
+
+def _stack_extras(scores: Scores, weights_N: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor | None:
+    """`[N, 3]`: the teacher's share, the reward's advantage, the unlikelihood's weight; `None` without any of them."""
+    leaks_N = None if scores.leaked_N is None else config.leak_unlikelihood_weight * scores.leaked_N.to(weights_N)
+    parts = (scores.distill_N, scores.reward_advantages_N, leaks_N)
+    if all(part is None for part in parts):
+        return None
+    filled = [
+        torch.full_like(weights_N, default) if part is None else part.to(weights_N)
+        for part, default in zip(parts, (1.0, 0.0, 0.0), strict=True)
+    ]
+    return torch.stack(filled, dim=1)
+
+
+def _make_weights(scores: Scores, teacher_head: nn.Linear | OutputHead, config: ObjectiveConfig) -> torch.Tensor:
+    weights_N = scores.weights_N
+    if weights_N is None:
+        weights_N = torch.ones_like(scores.sampling_logprobs_N)
+    if not config.contrast_token_weight:
+        return weights_N
+    assert scores.neutral_hidden_ND is not None, "contrast_token_weight needs the neutral pass"
+    return weigh_evidence(
+        scores.teacher_hidden_ND,
+        scores.neutral_hidden_ND,
+        teacher_head,
+        scores.token_ids_N,
+        scores.row_N,
+        weights_N,
+        config,
+    )

@@ -16,6 +16,7 @@ from torch import nn
 from imagine_opd.adapters import find_adapter, list_vision_tokens, refuse_other_family
 from imagine_opd.errors import ConfigError
 from imagine_opd.kernels import OutputHead
+from imagine_opd.peft_models import get_running_module, is_adapter_folder, load_adapter, read_base_name
 
 # Names under which configs, processors and tokenizers keep ids that stand for vision.
 _VISION_ID_NAMES = (
@@ -28,19 +29,28 @@ _MODALITY_NAMES = ("mm_token_type_ids", "token_type_ids")
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """The ids the path treats apart: the end tokens, the padding, and those the student must never sample."""
+    """The ids the path treats apart: the end tokens, the padding, and those the student must never sample.
+
+    special: all that the tokenizer calls special, these included.
+    """
 
     eos: tuple[int, ...]
     pad: int
     vision: tuple[int, ...]
+    special: tuple[int, ...] = ()
 
 
 def load_model(model: Any, dtype: str = "float32") -> Any:
-    """A model from a hub name or a folder (safetensors only), or the loaded model itself."""
+    """A model from a hub name or a folder (safetensors only), or the loaded model itself.
+
+    A folder that holds an adapter gives a `PeftModel` on the base that the adapter names.
+    """
     if not isinstance(model, (str, Path)):
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model is {type(model).__name__}; expected a name, a folder or a loaded model")
         return model
+    if is_adapter_folder(model):
+        return load_adapter(load_model(read_base_name(model), dtype), model)
     from transformers import AutoModelForImageTextToText
 
     try:
@@ -95,19 +105,20 @@ def get_head(model: Any) -> OutputHead:
 
     Of a head that PEFT trains in full (`modules_to_save`) the copy in use now: inside `disable_adapter()` the original.
     """
-    head = model.get_output_embeddings()
-    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        active = [name for name in head.active_adapters if name in head.modules_to_save]
-        head = head.modules_to_save[active[0]] if active and not head.disable_adapters else head.original_module
-    if hasattr(head, "base_layer"):
-        raise ConfigError(
-            f"an adapter ({type(head).__name__}) lies on the output head, whose weight the loss reads as it is; take "
-            "the head out of target_modules, or train it in full by modules_to_save"
-        )
+    return describe_head(find_head(model), model)
+
+
+def find_head(model: Any) -> nn.Linear:
+    """The layer that runs as output head now."""
+    head = get_running_module(model.get_output_embeddings())
     if not isinstance(head, nn.Linear):
         raise ConfigError(f"{type(model).__name__} has {type(head).__name__} as output head; expected a linear layer")
-    inner = unwrap_model(model)
-    return OutputHead(head.weight, head.bias, *_read_head_settings(inner))
+    return head
+
+
+def describe_head(head: nn.Linear, model: Any) -> OutputHead:
+    """The layer's weights as they are now, with what the model's forward does to its logits."""
+    return OutputHead(head.weight, head.bias, *_read_head_settings(unwrap_model(model)))
 
 
 def _read_head_settings(model: Any) -> tuple[float, float | None]:
@@ -160,10 +171,11 @@ def read_token_ids(model: Any, processor: Any) -> TokenIds:
     vision = {getattr(source, name, None) for source in sources for name in _VISION_ID_NAMES}
     vision |= set(tokenizer.convert_tokens_to_ids(list_vision_tokens(processor)))
     banned = {int(token) for token in vision if token is not None} - set(ends)
-    return TokenIds(ends, int(pad), tuple(sorted(banned)))
+    special = {*ends, int(pad), *banned, *(int(token) for token in tokenizer.all_special_ids)}
+    return TokenIds(ends, int(pad), tuple(sorted(banned)), tuple(sorted(special)))
 
 
 def get_device(model: Any) -> torch.device:
-    """The device of the model's first parameter."""
-    device: torch.device = next(iter(model.parameters())).device
+    """The device of the model's first parameter; one that is away between forwards (`meta`) is passed over."""
+    device: torch.device = next(p.device for p in model.parameters() if p.device.type != "meta")
     return device

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from imagine_opd.adapters import Expansion, find_adapter
 from imagine_opd.errors import ConfigError, RowError
 from imagine_opd.types import Prompt, Row, View
@@ -34,10 +32,11 @@ def build_prompt(
     text = processor.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
     )
-    pieces = text.split(processor.image_token)
+    placeholder = adapter.placeholder(processor)
+    pieces = text.split(placeholder)
     if len(pieces) != image_count + 1:
         raise ConfigError(
-            f"the processor's chat template placed {len(pieces) - 1} image placeholders ({processor.image_token!r}) "
+            f"the processor's chat template placed {len(pieces) - 1} image placeholders ({placeholder!r}) "
             f"for {image_count} images; use a template with one per image"
         )
     # A run of feature tokens is one token in the text and repeated as ids: thousands of them are never tokenized.
@@ -47,19 +46,25 @@ def build_prompt(
     compact = pieces[0]
     for expansion, piece in zip(expansions, pieces[1:], strict=True):
         compact += "".join(part if isinstance(part, str) else feature_token for part in expansion) + piece
-    ids = np.asarray(tokenize(compact, processor.tokenizer), dtype=np.int64)
-    is_feature = ids == processor.tokenizer.convert_tokens_to_ids(feature_token)
-    if int(is_feature.sum()) != len(runs):
+    feature_id = processor.tokenizer.convert_tokens_to_ids(feature_token)
+    compact_ids = tokenize(compact, processor.tokenizer)
+    if compact_ids.count(feature_id) != len(runs):
         raise ConfigError(
-            f"the tokenizer turned {len(runs)} runs of {feature_token!r} into {int(is_feature.sum())} tokens; "
+            f"the tokenizer turned {len(runs)} runs of {feature_token!r} into {compact_ids.count(feature_id)} tokens; "
             "it must be one token, and stand nowhere else in the prompt"
         )
-    repeats = np.ones_like(ids)
-    repeats[is_feature] = runs
+    ids: list[int] = []
+    types: list[int] = []
+    rest = iter(runs)
+    for token in compact_ids:
+        is_feature = token == feature_id
+        repeats = next(rest) if is_feature else 1
+        ids += [token] * repeats
+        types += [int(is_feature)] * repeats
     return Prompt(
         text=text,
-        input_ids=tuple(ids.repeat(repeats).tolist()),
-        mm_token_type_ids=tuple(is_feature.astype(np.int64).repeat(repeats).tolist()),
+        input_ids=tuple(ids),
+        mm_token_type_ids=tuple(types),
         view=view,
         image_tokens=tuple(sum_features(expansion) for expansion in expansions),
         family=adapter.family,
@@ -75,12 +80,13 @@ def tokenize(text: str, tokenizer: Any) -> list[int]:
 
 def refuse_placeholder(row: Row, processor: Any) -> None:
     """Raise `RowError` when a text of the row holds a placeholder: it would ask for pixels of no image."""
-    feature_token = find_adapter(processor).feature_token(processor)
-    names = (processor.image_token, feature_token, getattr(processor, "video_token", None))
+    adapter = find_adapter(processor)
+    names = {adapter.placeholder(processor): "image", adapter.feature_token(processor): "image"}
+    if getattr(processor, "video_token", None) is not None:
+        names[processor.video_token] = "video"
     for text in (row.question, row.answer or "", *row.options):
-        for name in names:
-            if name is not None and name in text:
-                kind = "video" if name == names[2] else "image"
+        for name, kind in names.items():
+            if name in text:
                 raise RowError(f"{row.source or row.id}: the text contains the {kind} placeholder {name!r}; remove it")
 
 

@@ -27,10 +27,17 @@ class ScoredBatch(Protocol):
     def rollouts(self) -> Rollouts: ...
 
 
-def score_teacher(teacher: Any, batch: ScoredBatch, active_BT: torch.Tensor, pad_id: int) -> torch.Tensor:
-    """`[N, D]` hidden states of the teacher under its own view, without gradient."""
+def score_teacher(
+    teacher: Any, batch: ScoredBatch, active_BT: torch.Tensor, pad_id: int, neutral: bool = False
+) -> torch.Tensor:
+    """`[N, D]` hidden states of the teacher under its own view, or under the one with neutral evidence, without
+    gradient."""
+    prompts = [pair.neutral if neutral else pair.teacher for pair in batch.prompts]
+    assert all(prompts), "a prompt was built without its neutral pass"
     with torch.no_grad():
-        return score_side(teacher, [pair.teacher for pair in batch.prompts], batch.rollouts, active_BT, pad_id)
+        return score_side(
+            teacher, [prompt for prompt in prompts if prompt is not None], batch.rollouts, active_BT, pad_id
+        )
 
 
 def score_student(

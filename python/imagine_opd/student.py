@@ -1,4 +1,4 @@
-"""The student's open forward: code that calls its body and head runs inside its own `forward`.
+"""The student's forward: opened, so that code which calls body and head runs inside it; paused, to be looked at.
 
 DDP, FSDP2 and DeepSpeed gather, synchronise and cast in hooks around a model's call. A loss that reaches past the call
 to body and head would find shards where it expects weights, and its gradients would stay on their rank.
@@ -7,10 +7,12 @@ to body and head would find shards where it expects weights, and its gradients w
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 Result = TypeVar("Result")
@@ -62,3 +64,32 @@ def run_inside(model: Any, function: Callable[[Any], Result]) -> Result:
     """`function(opened model)`, run inside the call of `model`: the opened model itself or anything wrapped around."""
     result: Result = model(inside=function)
     return result
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """The model to be looked at: eval mode (no dropout, no gradient checkpointing), no gradient. The mode of each of
+    its modules and the random state are put back exactly, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        model.eval()
+        try:
+            with _uncached_autocast(device.type):
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+@contextmanager
+def _uncached_autocast(device_type: str) -> Iterator[None]:
+    """Autocast as it is around, without its cache: a weight cast here, without gradient, would be found by the next
+    forward with gradient, and would get none."""
+    with torch.autocast(
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+        cache_enabled=False,
+    ):
+        yield

@@ -1,35 +1,80 @@
-"""The teacher: the student's initial weights, frozen, and the fingerprint a checkpoint knows it by."""
+"""The teacher of a run: which weights teach, where they are, and who cannot."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from imagine_opd.errors import TeacherError
+from imagine_opd.ema import EmaAdapterTeacher, EmaTeacher
+from imagine_opd.errors import ConfigError, TeacherError
 from imagine_opd.models import get_head, load_model, load_processor
+from imagine_opd.peft_models import has_adapter
+from imagine_opd.teacher_kinds import (
+    TEACHER_FILE,
+    AdapterOffTeacher,
+    HeldTeacher,
+    LiveTeacher,
+    Teacher,
+    copy_model,
+)
 
-TEACHER_FILE = "teacher.json"
+__all__ = ["MOVING_TEACHER", "TEACHER_FILE", "Teacher", "build_teacher", "refuse_other_vocabulary"]
+
+MOVING_TEACHER = (
+    "the teacher moves with the student (teacher_model_kind={kind!r}): what the student drops, such a teacher soon no "
+    "longer asks for, and runs have collapsed with a loss that looked perfect; watch eval accuracy, length and tag rate"
+)
 
 
-def build_teacher(student: Any, processor: Any, teacher: Any = None, dtype: str = "float32") -> Any:
-    """A frozen teacher in eval mode: a copy of `student`, or the checkpoint or model given.
+def build_teacher(
+    student: Any,
+    processor: Any,
+    teacher: Any = None,
+    dtype: str = "float32",
+    *,
+    kind: str = "base",
+    placement: str = "auto",
+    teacher_dtype: str | None = None,
+    update_rate: float = 0.05,
+    sync_steps: int = 1,
+) -> Teacher:
+    """The teacher of `student`, which must be as it will train (adapter on, frozen what is frozen) and not wrapped.
 
-    Raises `TeacherError` when its vocabulary is not the student's.
+    teacher: a checkpoint or model of its own, loaded in `teacher_dtype` or `dtype`; `None`: the student's weights as
+        they are now. With an adapter these are the base weights, and are not copied.
+    placement: `device`, `cpu` (weights in host memory, brought in block by block), or what the memory planner says;
+        `auto` is `device`.
+
+    Raises `TeacherError` for a vocabulary that is not the student's, `ConfigError` for what does not go together.
     """
-    if teacher is None:
-        built = copy.deepcopy(student)
-    else:
-        built = load_model(teacher, dtype)
-        if built is student:
+    if kind not in ("base", "ema", "live"):
+        raise ConfigError(f"teacher_model_kind={kind!r}: expected base, ema or live")
+    on_cpu = placement == "cpu"
+    if teacher is not None:
+        if kind != "base":
+            raise ConfigError(
+                f"teacher= names weights of its own, teacher_model_kind={kind!r} makes them of the student: "
+                "leave out teacher=, or set teacher_model_kind='base'"
+            )
+        if teacher is student:
             raise TeacherError("teacher is the student itself: its weights would move; leave it out for a frozen copy")
-        refuse_other_vocabulary(student, built, processor, teacher)
-    built.requires_grad_(False)
-    return built.eval()
+        module = load_model(teacher, teacher_dtype or dtype)
+        refuse_other_vocabulary(student, module, processor, teacher)
+        return HeldTeacher(module, "cpu" if on_cpu else "copy", equals_student=False)
+    if kind == "live":
+        return LiveTeacher()
+    if has_adapter(student):
+        if on_cpu or teacher_dtype is not None:
+            named = "teacher_placement='cpu'" if on_cpu else f"teacher_dtype={teacher_dtype!r}"
+            raise ConfigError(f"{named}: with an adapter the teacher is the student's base weights; leave it out")
+        return AdapterOffTeacher(student) if kind == "base" else EmaAdapterTeacher(student, update_rate, sync_steps)
+    wanted = None if teacher_dtype is None else getattr(torch, teacher_dtype)
+    module = copy_model(student, wanted, "cpu" if on_cpu else None)
+    equal = all(a.dtype == b.dtype for a, b in zip(student.parameters(), module.parameters(), strict=True))
+    if kind == "base":
+        return HeldTeacher(module, "cpu" if on_cpu else "copy", equal)
+    return EmaTeacher(student, module, "cpu" if on_cpu else "copy", equal, update_rate, sync_steps)
 
 
 def refuse_other_vocabulary(student: Any, teacher: Any, processor: Any, source: Any) -> None:
@@ -49,36 +94,3 @@ def refuse_other_vocabulary(student: Any, teacher: Any, processor: Any, source: 
                 f"the teacher's tokenizer differs from the student's in {len(differing)} tokens "
                 f"(first: {differing[0]!r}): use a teacher with the same tokenizer"
             )
-
-
-def compute_fingerprint(teacher: Any) -> str:
-    """A hash of the teacher's weights: up to 1024 values of every tensor, exact on any device."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(teacher.state_dict().items()):
-        values = tensor.detach().flatten()
-        values = values[:: max(1, values.numel() // 1024)][:1024].float().cpu()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def save_teacher_fingerprint(teacher: Any, folder: Path) -> None:
-    """Write `teacher.json`, by which a resumed run knows that it has the same teacher."""
-    text = json.dumps({"fingerprint": compute_fingerprint(teacher)})
-    (folder / TEACHER_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def refuse_other_teacher(teacher: Any, checkpoint: Path) -> None:
-    """Raise `TeacherError` when a checkpoint was made with another teacher: its run would go on towards elsewhere."""
-    path = checkpoint / TEACHER_FILE
-    if not path.is_file():
-        return
-    try:
-        expected = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TeacherError(f"{path}: not readable ({error})") from error
-    if compute_fingerprint(teacher) != expected:
-        raise TeacherError(
-            f"{checkpoint} was trained with another teacher: resume with the model (or teacher=) the run began with, "
-            "not with a checkpoint of it"
-        )

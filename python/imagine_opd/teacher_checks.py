@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from imagine_opd.adapters import count_features
 from imagine_opd.errors import TeacherError
@@ -19,6 +20,7 @@ from imagine_opd.kernels import TokenStats, linear_token_stats
 from imagine_opd.models import get_head
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.scoring import score_side
+from imagine_opd.teacher_kinds import HeldTeacher, Teacher
 from imagine_opd.types import Prompt, PromptPair, Rollouts
 
 _DRIFT_LIMIT = 0.05
@@ -54,7 +56,7 @@ class TeacherReport:
 
 def check_teacher(
     student: Any,
-    teacher: Any,
+    teacher: Teacher | nn.Module,
     pairs: Sequence[PromptPair],
     engine: HFEngine,
     sampling: SamplingConfig,
@@ -65,23 +67,28 @@ def check_teacher(
 
     `expect_identical`: teacher and student hold the same weights now, so under one view they must agree.
     """
-    for side, model in (("student", student), ("teacher", teacher)):
+    teacher = HeldTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+    for pair in pairs:
+        refuse_blind_prompt(pair.student, "student", student)
+    with teacher.loaded(student) as module:
+        size = len(get_head(module).weight_VD)
         for pair in pairs:
-            refuse_blind_prompt(getattr(pair, side), side, model)
+            refuse_blind_prompt(pair.teacher, "teacher", module)
+    pad_id = engine.token_ids.pad
     was_training = student.training
     student.eval()
     greedy = SamplingConfig(sampling.max_completion_length, temperature=0.0)
     try:
         rollout_drift = measure_rollout_drift(student, [pair.student for pair in pairs], engine, sampling, seed)
-        own = engine.generate(teacher, [pair.teacher for pair in pairs], greedy)
-        seen = _score_views(student, teacher, pairs, own, engine, "student", "teacher")
-        same = _score_views(student, teacher, pairs, own, engine, "student", "student")
+        with teacher.loaded(student) as module:
+            own = engine.generate(module, [pair.teacher for pair in pairs], greedy)
+        if not own.completion_mask_BT.any():
+            raise TeacherError(f"the teacher wrote nothing for {len(pairs)} probe rows: its first token is an end")
+        seen = _score_views(student, teacher, pairs, own, pad_id, "teacher")
+        same = _score_views(student, teacher, pairs, own, pad_id, "student")
+        entropy = _mean_teacher_entropy(student, teacher, pairs, own, pad_id)
     finally:
         student.train(was_training)
-    if seen is None or same is None:
-        raise TeacherError(f"the teacher wrote nothing for {len(pairs)} probe rows: its first token is an end token")
-    size = len(get_head(teacher).weight_VD)
-    entropy = _mean_teacher_entropy(teacher, pairs, own, engine)
     report = TeacherReport(
         rows=len(pairs),
         rollout_drift=rollout_drift,
@@ -163,29 +170,29 @@ def refuse_bad_report(report: TeacherReport, vocabulary_size: int, expect_identi
 
 
 def _score_views(
-    student: Any,
-    teacher: Any,
-    pairs: Sequence[PromptPair],
-    rollouts: Rollouts,
-    engine: HFEngine,
-    student_view: str,
-    teacher_view: str,
-) -> TokenStats | None:
+    student: Any, teacher: Teacher, pairs: Sequence[PromptPair], rollouts: Rollouts, pad_id: int, teacher_view: str
+) -> TokenStats:
+    """Both sides at the completions' tokens: the student under its own view, the teacher under the one named."""
     mask_BT = rollouts.completion_mask_BT
-    if not mask_BT.any():
-        return None
     with torch.no_grad():
-        student_hidden_ND, teacher_hidden_ND = (
-            score_side(model, [getattr(pair, view) for pair in pairs], rollouts, mask_BT, engine.token_ids.pad)
-            for model, view in ((student, student_view), (teacher, teacher_view))
-        )
+        with teacher.loaded(student) as module:
+            teacher_hidden_ND = score_side(
+                module, [getattr(pair, teacher_view) for pair in pairs], rollouts, mask_BT, pad_id
+            )
+        student_hidden_ND = score_side(student, [pair.student for pair in pairs], rollouts, mask_BT, pad_id)
         ids_N = rollouts.completion_ids_BT[mask_BT]
-        return linear_token_stats(student_hidden_ND, get_head(student), teacher_hidden_ND, get_head(teacher), ids_N)
+        with teacher.open_head(student) as head:
+            return linear_token_stats(student_hidden_ND, get_head(student), teacher_hidden_ND, head, ids_N)
 
 
-def _mean_teacher_entropy(teacher: Any, pairs: Sequence[PromptPair], rollouts: Rollouts, engine: HFEngine) -> float:
-    stats = _score_views(teacher, teacher, pairs, rollouts, engine, "teacher", "teacher")
-    assert stats is not None
+def _mean_teacher_entropy(
+    student: Any, teacher: Teacher, pairs: Sequence[PromptPair], rollouts: Rollouts, pad_id: int
+) -> float:
+    mask_BT = rollouts.completion_mask_BT
+    with torch.no_grad(), teacher.loaded(student) as module:
+        hidden_ND = score_side(module, [pair.teacher for pair in pairs], rollouts, mask_BT, pad_id)
+        ids_N = rollouts.completion_ids_BT[mask_BT]
+        stats = linear_token_stats(hidden_ND, get_head(module), None, None, ids_N)
     return float(stats.entropy_N.mean())
 
 

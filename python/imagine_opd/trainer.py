@@ -9,38 +9,52 @@ resumed run equals the whole one.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import ProgressCallback
 
 from imagine_opd.adapters import write_budget
-from imagine_opd.answers import has_answer_tag
 from imagine_opd.batches import BatchBuilder, MicroBatch
-from imagine_opd.callbacks import COMPLETIONS_FILE, RunFolderCallback, StepProgressCallback, append_line
+from imagine_opd.callbacks import (
+    COMPLETIONS_FILE,
+    RunFolderCallback,
+    StepProgressCallback,
+    TeacherUpdateCallback,
+    append_line,
+)
 from imagine_opd.config import ImagineOPDConfig, save_recipe
-from imagine_opd.distributed import gather_figures
+from imagine_opd.distributed import count_own_rows, gather_figures, keep_fp32_results, settle_launch
 from imagine_opd.errors import ConfigError, RowError
 from imagine_opd.evaluation import decode_completions, evaluate_model
 from imagine_opd.loss import Objective, ObjectiveConfig, objective
+from imagine_opd.merging import refuse_unmergeable, replace_adapter
 from imagine_opd.metrics import StepMetrics
 from imagine_opd.models import get_head, load_model, load_processor, read_token_ids
+from imagine_opd.outputs import guard_writing
+from imagine_opd.peft_models import prepare_student
+from imagine_opd.privilege import ViewFunction
+from imagine_opd.rewards import read_reward_functions
 from imagine_opd.rollout import HFEngine
-from imagine_opd.rollout.finish import find_truncated
+from imagine_opd.run_checks import refuse_bad_run, refuse_idle_rewards
+from imagine_opd.run_guards import RunGuards
+from imagine_opd.run_plan import plan_run
+from imagine_opd.saving import SafeSaving
 from imagine_opd.scoring import score_student, score_teacher
 from imagine_opd.settings import make_view_config
+from imagine_opd.sharding import gather_parameters, is_sharded, shard_like
+from imagine_opd.step_advantages import add_step_advantages
 from imagine_opd.student import open_forward, run_inside
-from imagine_opd.teacher import build_teacher, refuse_other_teacher, save_teacher_fingerprint
+from imagine_opd.teacher import MOVING_TEACHER, build_teacher
 from imagine_opd.teacher_checks import TeacherReport, check_teacher
 from imagine_opd.types import Rollouts, Row
 
 
-class ImagineOPDTrainer(Trainer):
+class ImagineOPDTrainer(SafeSaving):
     """A `transformers.Trainer` for Imagine-OPD. Optimizer, schedule, checkpoints and callbacks are the Trainer's.
 
     Args:
@@ -48,8 +62,11 @@ class ImagineOPDTrainer(Trainer):
         args: an `ImagineOPDConfig`.
         train_dataset, eval_dataset: sequences of `Row` (see `imagine_opd.data.load_rows`).
         processor: the model's processor; `None` takes the one beside the model.
-        teacher: another checkpoint or model as teacher, which is frozen; `None` copies the model's weights as they
-            are now and freezes the copy.
+        teacher: another checkpoint or model as teacher, which is frozen; `None`: the model's weights as they are now
+            (with an adapter: without it).
+        peft_config: a ready `peft.LoraConfig`; without it `args.use_peft` makes one of the `lora_` fields.
+        student_view, teacher_view: functions of a row to a `SideView`, in place of the config's privilege.
+        reward_funcs: functions of (rows, completions) to rewards, or `"accuracy"`, beside the teacher.
     """
 
     args: ImagineOPDConfig
@@ -66,11 +83,18 @@ class ImagineOPDTrainer(Trainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         run_description: dict[str, Any] | None = None,
+        peft_config: Any = None,
+        student_view: ViewFunction | None = None,
+        teacher_view: ViewFunction | None = None,
+        reward_funcs: Any = None,
     ) -> None:
         refuse_bad_run(args, train_dataset, eval_dataset)
+        settle_launch(args)
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split the rows of a micro-batch under our feet
         self.processor = copy.deepcopy(load_processor(processor, model))
-        student = load_model(model, args.model_dtype)
+        student = prepare_student(load_model(model, args.model_dtype), args, peft_config)
+        if args.merge_adapter:
+            refuse_unmergeable(student)
         self.view_config = make_view_config(self.processor, args, training=True)
         # The budget the model is trained with travels in its own processor, for every tool that loads it.
         write_budget(self.processor, self.view_config)
@@ -79,8 +103,20 @@ class ImagineOPDTrainer(Trainer):
         )
         self.token_ids = read_token_ids(student, self.processor)
         self.engine = HFEngine(self.token_ids)
-        self.teacher = build_teacher(student, self.processor, teacher, args.model_dtype)
-        self.teacher_is_copy = teacher is None
+        self.run_plan = plan_run(
+            student, args, self.processor, self.view_config, train_dataset, teacher, student_view, teacher_view
+        )
+        self.teacher = build_teacher(
+            student,
+            self.processor,
+            teacher,
+            args.model_dtype,
+            kind=args.teacher_model_kind,
+            placement="cpu" if self.run_plan is not None and self.run_plan.placement == "cpu" else "device",
+            teacher_dtype=args.teacher_dtype,
+            update_rate=args.teacher_update_rate,
+            sync_steps=args.teacher_sync_steps,
+        )
         self.teacher_report: TeacherReport | None = None
         self.step_metrics = StepMetrics(torch.cuda.synchronize if args.device.type == "cuda" else lambda: None)
         self._messages: set[str] = set()
@@ -94,7 +130,12 @@ class ImagineOPDTrainer(Trainer):
             callbacks=[RunFolderCallback(run_description or {}), *(callbacks or [])],
             optimizers=optimizers,
         )
-        self.teacher.to(args.device)
+        keep_fp32_results(self.accelerator)
+        self.teacher.prepare(args.device)
+        self.saved_parts.append(self.teacher)
+        self.add_callback(TeacherUpdateCallback(self.teacher))
+        if self.teacher.kind != "base":
+            self.say_once(MOVING_TEACHER.format(kind=self.teacher.kind))
         self.builder = BatchBuilder(
             self.processor,
             self.engine,
@@ -104,7 +145,13 @@ class ImagineOPDTrainer(Trainer):
             self.step_metrics,
             self.say_once,
             train_dataset,
+            student_view,
+            teacher_view,
+            refuse_idle_rewards(read_reward_functions(reward_funcs), args),
         )
+        self.guards = RunGuards(self, self.builder, self.teacher)
+        for callback in self.guards.make_callbacks():
+            self.add_callback(callback)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StepProgressCallback)
@@ -124,8 +171,21 @@ class ImagineOPDTrainer(Trainer):
     ) -> tuple[list[MicroBatch], torch.Tensor]:
         """The next micro-batches with their rollouts, and the number of tokens in the step's loss."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        micro_batches, rollouts, total = self.builder.build(self.model, batches, self.state.global_step)
+        size, rank, ranks = self.args.train_batch_size, self.args.process_index, self.args.world_size
+        if ranks > 1 and self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
+            batches[-1] = batches[-1][: count_own_rows(len(self.train_dataset), size, rank, ranks)]
+        micro_batches, rollouts, total = self.builder.build(self.model_wrapped, batches, self.state.global_step)
         self._note_rollouts(micro_batches, rollouts)
+        if self.objective_config.shapes_advantages:
+            with self.accelerator.autocast(), self.teacher.open_head(self.model_wrapped) as teacher_head:
+                micro_batches = add_step_advantages(
+                    micro_batches,
+                    lambda batch, active_BT: self._score_teacher(self.model_wrapped, batch, active_BT),
+                    teacher_head,
+                    self.objective_config,
+                    self.args.max_completion_length,
+                    self.args.device,
+                )
         return micro_batches, total.to(device)
 
     # scores -> loss, for one micro-batch
@@ -143,22 +203,52 @@ class ImagineOPDTrainer(Trainer):
         active_BT = inputs.weights_BT > 0
         stage = self.step_metrics.stage
         with self.accelerator.autocast():
-            with stage("teacher"):
-                teacher_hidden_ND = score_teacher(self.teacher, inputs, active_BT, self.token_ids.pad)
+            teacher_hidden_ND, neutral_hidden_ND = inputs.teacher_hidden_ND, inputs.neutral_hidden_ND
+            if teacher_hidden_ND is None:
+                teacher_hidden_ND, neutral_hidden_ND = self._score_teacher(model, inputs, active_BT)
 
-            def compute(student: Any) -> Objective:
+            results: list[Objective] = []
+
+            def compute(student: Any) -> torch.Tensor:
                 with stage("student"):
                     scores = score_student(student, teacher_hidden_ND, inputs, active_BT, self.token_ids.pad)
+                    scores = dataclasses.replace(
+                        scores,
+                        weights_N=inputs.weights_BT[active_BT],
+                        neutral_hidden_ND=neutral_hidden_ND,
+                        advantages_N=inputs.advantages_N,
+                        distill_N=pick_rows(inputs.distill_B, scores.row_N),
+                        reward_advantages_N=pick_rows(inputs.reward_advantages_B, scores.row_N),
+                        leaked_N=inputs.leaked_BT[active_BT] if inputs.leaked_BT is not None else None,
+                    )
                 with stage("loss"):
-                    return objective(scores, get_head(student), get_head(self.teacher), self.objective_config)
+                    results.append(objective(scores, get_head(student), teacher_head, self.objective_config))
+                # Alone: wrappers hang their hooks on what a forward returns, and DeepSpeed knows no slots.
+                return results[0].loss_sum
 
-            result = run_inside(model, compute)
+            with self.teacher.open_head(model) as teacher_head:
+                loss_sum = run_inside(model, compute)
         total = inputs.weights_BT.sum() if num_items_in_batch is None else num_items_in_batch
         # DDP and FSDP2 average gradients over the processes; the sum is meant.
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        loss = result.loss_sum * (ranks / max(float(total), 1e-8))
-        self._note_objective(result)
-        return (loss, result) if return_outputs else loss
+        loss = loss_sum * (ranks / max(float(total), 1e-8))
+        self._note_objective(results[0])
+        self.guards.note_objective(inputs, active_BT, results[0].stats)
+        return (loss, results[0]) if return_outputs else loss
+
+    def _score_teacher(
+        self, model: Any, batch: MicroBatch, active_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The teacher's hidden states with the evidence and, for a contrast, with neutral evidence."""
+
+        def compute(teacher: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+            hidden_ND = score_teacher(teacher, batch, active_BT, self.token_ids.pad)
+            if self.view_config.neutral == "none":
+                return hidden_ND, None
+            return hidden_ND, score_teacher(teacher, batch, active_BT, self.token_ids.pad, neutral=True)
+
+        with self.step_metrics.stage("teacher"):
+            return self.teacher.run(model, compute)
 
     def _note_objective(self, result: Objective) -> None:
         stats = result.stats
@@ -168,9 +258,14 @@ class ImagineOPDTrainer(Trainer):
             self.step_metrics.add_mean(name, float(values_N.detach().sum()), len(values_N))
 
     def training_step(self, model: Any, inputs: MicroBatch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """The Trainer's step, timed."""
+        """The Trainer's step, timed and guarded."""
         with self.step_metrics.stage("step"):
-            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            try:
+                loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            except (RuntimeError, MemoryError) as error:
+                self.guards.explain_error(error, inputs, self.run_plan.advise() if self.run_plan is not None else ())
+                raise
+            self.guards.settle_step(model, self.optimizer, loss, inputs)
         return loss
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
@@ -183,14 +278,19 @@ class ImagineOPDTrainer(Trainer):
     # before, during, after
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """Check the teacher, then train. See `transformers.Trainer.train`."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if isinstance(resume_from_checkpoint, (str, Path)):
-            refuse_other_teacher(self.teacher, Path(resume_from_checkpoint))
+        """Check the teacher, then train. See `SafeSaving.train` and `transformers.Trainer.train`."""
+        checkpoint = self.open_checkpoint(resume_from_checkpoint)
+        if self.run_plan is not None and self.is_world_process_zero():
+            self.say_once(self.run_plan.describe())
         if self.args.teacher_checks:
             self.run_teacher_checks()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if is_sharded(self.model_wrapped):
+            self.teacher.prepare(self.args.device, lambda module: shard_like(module, self.model_wrapped))
+        return prepared
 
     def run_teacher_checks(self) -> TeacherReport:
         """The start-up checks of `imagine_opd.teacher_checks` on the first rows; raises `TeacherError`."""
@@ -200,17 +300,18 @@ class ImagineOPDTrainer(Trainer):
         ]
         if not pairs:
             raise RowError(f"none of the first {count} rows can be used; see the messages above")
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), gather_parameters(self.model_wrapped) as student:
             self.teacher_report = check_teacher(
-                self.model,
+                student,
                 self.teacher,
                 pairs,
                 self.engine,
                 self.builder.sampling,
                 self.args.seed,
-                self.teacher_is_copy,
+                self.teacher.equals_student,
             )
         self.step_metrics.clear()  # what the probe rows cost is not the first step's
+        self.guards.start(self.model, pairs, [self.train_dataset[i] for i in range(count)])
         for name, value in self.teacher_report.as_metrics().items():
             self.step_metrics.add_mean(name, value)
         if self.teacher_report.privilege_gap <= 0:
@@ -227,10 +328,17 @@ class ImagineOPDTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ConfigError("evaluation was asked for without eval_data")
-        model = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast():
+        view_config = make_view_config(self.processor, self.args)  # what a user will show: nothing degraded
+        with self.accelerator.autocast(), gather_parameters(self.model_wrapped) as model:
             result = evaluate_model(
-                model, self.processor, rows, self.view_config, self.args, ("imagine",), self.args.eval_batch_size
+                model,
+                self.processor,
+                rows,
+                view_config,
+                self.args,
+                ("imagine",),
+                self.args.eval_batch_size,
+                shared=True,
             )
         found = result["imagine"]
         figures = {
@@ -258,47 +366,38 @@ class ImagineOPDTrainer(Trainer):
             self._messages.add(message)
             print(message, flush=True)
 
+    def save_merged_model(self) -> None:
+        """Write the model with its adapter merged in the place of the adapter that `save_model` wrote."""
+        folder = Path(self.args.output_dir)
+        with guard_writing(folder, "the merged model"):
+            replace_adapter(self.accelerator.unwrap_model(self.model), folder, self.args.should_save)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         if self.args.should_save:
             save_recipe(self.args, folder)
-            save_teacher_fingerprint(self.teacher, folder)
             # A pickle of our settings: `run.json` and `imagine_opd.json` say the same and can be read safely.
             (folder / "training_args.bin").unlink(missing_ok=True)
 
     def _note_rollouts(self, micro_batches: Sequence[MicroBatch], rollouts: Rollouts) -> None:
         texts = decode_completions(self.processor, rollouts.completion_ids_BT, rollouts.completion_mask_BT)
-        count, figures = len(texts), self.step_metrics
-        lengths = rollouts.completion_mask_BT.sum(dim=1).tolist()
-        figures.steps += 1
-        figures.add_mean("completions/mean_length", float(sum(lengths)), count)
-        figures.add_max("completions/max_length", float(max(lengths, default=0)))
-        figures.add_mean("completions/clipped_ratio", float(find_truncated(rollouts, self.token_ids).sum()), count)
-        figures.add_mean("tag_rate", float(sum(has_answer_tag(text) for text in texts)), count)
-        figures.add_mean("loss_tokens", float(sum((batch.weights_BT > 0).sum() for batch in micro_batches)))
-        for reason, number in rollouts.dropped.items():
-            figures.add_total(f"rows_dropped/{reason}", float(number))
         step = self.state.global_step + 1
+        self.guards.note_rollouts(micro_batches, rollouts, texts, step)
         if not self.args.log_completions or step % max(int(self.state.logging_steps or 1), 1):
             return
         if not self.is_world_process_zero():
             return
-        rows = [row for batch in micro_batches if batch.is_used for row in batch.rows]
-        for row, text in list(zip(rows, texts, strict=True))[: self.args.num_completions_to_log]:
+        used = [
+            item for batch in micro_batches if batch.is_used for item in zip(batch.rows, batch.prompts, strict=True)
+        ]
+        shown = list(zip(used, texts, strict=True))[: self.args.num_completions_to_log]
+        for (row, _), text in shown:
             line = {"step": step, "id": row.id or row.source, "question": row.question, "answer": row.answer}
             append_line(Path(self.args.output_dir, COMPLETIONS_FILE), {**line, "completion": text})
+        self.guards.hold_completions([(row, pair, text) for (row, pair), text in shown])
 
 
-def refuse_bad_run(args: ImagineOPDConfig, train_rows: Sequence[Row], eval_rows: Sequence[Row] | None) -> None:
-    """Raise `ConfigError` or `RowError` for settings that do not go with the rows or the machine."""
-    if args.kernel_backend == "triton" and args.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(f"kernel_backend='triton' needs a CUDA device, this run has {args.device}; use 'auto'")
-    if str(args.eval_strategy.value) != "no" and eval_rows is None:
-        raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs eval_data")
-    if eval_rows is not None and not any(row.answer is not None for row in eval_rows):
-        raise RowError(f"none of the {len(eval_rows)} rows of eval_data has an answer to compare with")
-    if args.dataloader_drop_last and len(train_rows) < args.train_batch_size:
-        raise ConfigError(
-            f"dataloader_drop_last=True with {len(train_rows)} rows and a batch of {args.train_batch_size} leaves none"
-        )
+def pick_rows(values_B: torch.Tensor | None, row_N: torch.Tensor) -> torch.Tensor | None:
+    """Each token's value of its completion."""
+    return None if values_B is None else values_B[row_N]

@@ -281,7 +281,14 @@ class Rollouts:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Hidden states of both sides at the same N response tokens, never at the prompt."""
+    """Hidden states of both sides at the same N response tokens, never at the prompt.
+
+    weights_N: of the tokens in the loss (`token_weights`); `None`: 1 each. neutral_hidden_ND: the teacher's without the
+    evidence. advantages_N: made over the whole step (`advantages.shape_advantages`), where the config asks for it.
+    distill_N: factor of the teacher's loss alone, 0 where a reward says that nothing is to be corrected.
+    reward_advantages_N: of a policy-gradient loss beside it. leaked_N: tokens that give the teacher's privilege away,
+    where they have a loss of their own. `None`: none of it.
+    """
 
     student_hidden_ND: torch.Tensor
     teacher_hidden_ND: torch.Tensor
@@ -289,3 +296,9 @@ class Scores:
     sampling_logprobs_N: torch.Tensor
     row_N: torch.Tensor
     position_N: torch.Tensor
+    weights_N: torch.Tensor | None = None
+    neutral_hidden_ND: torch.Tensor | None = None
+    advantages_N: torch.Tensor | None = None
+    distill_N: torch.Tensor | None = None
+    reward_advantages_N: torch.Tensor | None = None
+    leaked_N: torch.Tensor | None = None

@@ -4,97 +4,94 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from imagine_opd.demo.plans import PLANS, PRIVILEGES, Views, describe_run, make_rows, make_run_fields
 from imagine_opd.errors import OutputError
 
 if TYPE_CHECKING:
+    from imagine_opd.config import ImagineOPDConfig
     from imagine_opd.demo.scenes import Scene
-    from imagine_opd.evaluation import ModeResult
-    from imagine_opd.types import RowViews, View
+    from imagine_opd.evaluation import EvalResult, ModeResult
+    from imagine_opd.types import PromptPair, Row, ViewConfig
 
 EVAL_SCENES = 1000
 """Held-out scenes per accuracy: the 95 % interval is then at most 3.1 points to either side."""
 _EVAL_SEED = 987_654
+_EVAL_BATCH = 250
 _SHEET_ROWS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class DemoPlan:
-    """How a demo trains. scenes are rendered once; steps of `batch` scenes each."""
-
-    steps: int
-    batch: int
-    scenes: int
-    learning_rate: float
-
-
-PLANS = {
-    ("full", False): DemoPlan(steps=400, batch=32, scenes=6000, learning_rate=5e-4),
-    ("sampled_token", False): DemoPlan(steps=400, batch=32, scenes=6000, learning_rate=5e-4),
-    ("full", True): DemoPlan(steps=1400, batch=32, scenes=12_000, learning_rate=5e-4),
-    ("sampled_token", True): DemoPlan(steps=1400, batch=32, scenes=12_000, learning_rate=5e-4),
-}
-
-
-def run_demo(output: str, mode: str, views: Literal["right", "wrong"], seed: int, long: bool) -> dict[str, Any]:
+def run_demo(
+    output: str, mode: str, views: Views, seed: int, long: bool, privilege: str = "crops", lora: bool = False
+) -> dict[str, Any]:
     """Evaluate, train, evaluate; print a table; write `result.json` and `contact_sheet.png`. Returns the result."""
     folder = Path(output)
     refuse_unusable(folder)
-    plan = PLANS[mode, long]
     started = time.perf_counter()
-    print(describe_demo(mode, views, plan), flush=True)
+    print(describe_run(mode, privilege, views, lora, long), flush=True)
 
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from imagine_opd.api import evaluate, train
+    from imagine_opd.api import train
     from imagine_opd.config import build_config
-    from imagine_opd.demo import base_model_path, make_scenes, scenes_to_rows
-    from imagine_opd.demo.recipe import TINY_RECIPE
+    from imagine_opd.demo import base_model_path, make_scenes
     from imagine_opd.models import load_model, load_processor
-    from imagine_opd.settings import make_view_config
-    from imagine_opd.types import RowViews
-    from imagine_opd.views import make_views
 
     disable_progress_bar()  # of the libraries below; the training's own stays
     torch.set_num_threads(1)  # the model is too small for more to pay, and the run then repeats on any machine
-    held_out = make_scenes(EVAL_SCENES, _EVAL_SEED, "small")
-    eval_rows = scenes_to_rows(held_out, "right")
-    train_rows = scenes_to_rows(make_scenes(plan.scenes, seed, "small"), views)
+    glyphs = PRIVILEGES[privilege].glyphs
+    held_out = make_scenes(EVAL_SCENES, _EVAL_SEED, glyphs)
+    eval_rows = make_rows(held_out, privilege, "right")
+    train_rows = make_rows(make_scenes(PLANS[mode, long].scenes, seed, glyphs), privilege, views)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(base_model_path()).to(device)
     processor = load_processor(None, base_model_path())
+    fields = make_run_fields(mode, privilege, lora, long, seed)
+    config = build_config(folder / "model", fields)
     seconds = {"setup": time.perf_counter() - started}
 
-    before = evaluate(
-        model, eval_rows, modes=("imagine", "teacher"), processor=processor, batch_size=250, **TINY_RECIPE
-    )
-    print(f"before: student {show(before['imagine'])}, teacher with the crop {show(before['teacher'])}", flush=True)
+    before = evaluate_sides(model, processor, eval_rows, config, ("imagine", "teacher"))
+    print(f"before: student {show(before['imagine'])}, teacher {show(before['teacher'])}", flush=True)
     seconds["evaluate"] = before["imagine"].seconds + before["teacher"].seconds
 
     clock = time.perf_counter()
-    trained = train(
-        model,
-        train_rows,
-        output_dir=folder / "model",
-        processor=processor,
-        **TINY_RECIPE,
-        **make_run_fields(plan, mode, seed),
-    )
+    trained = train(model, train_rows, output_dir=folder / "model", processor=processor, **fields)
     seconds["train"] = time.perf_counter() - clock
 
-    after = evaluate(trained.model, eval_rows, modes=("imagine",), processor=processor, batch_size=250, **TINY_RECIPE)
+    after = evaluate_sides(trained.model, processor, eval_rows, config, ("imagine",))
     seconds["evaluate"] += after["imagine"].seconds
     result = summarise(before["imagine"], after["imagine"], before["teacher"], mode, seed, seconds)
+    result |= {"privilege": privilege, "lora": lora}
     write_result(folder, result)
-    view_config = make_view_config(processor, build_config(folder, TINY_RECIPE))
-    shown = [views for views in make_views(eval_rows[:_SHEET_ROWS], view_config) if isinstance(views, RowViews)]
-    draw_sheet(folder, held_out, shown, before["imagine"], after["imagine"], describe_result(result))
+    pairs, view_config = build_shown(processor, eval_rows[:_SHEET_ROWS], config)
+    draw_sheet(folder, held_out, pairs, view_config, before["imagine"], after["imagine"], result)
     print(format_table(result, folder))
     return result
+
+
+def evaluate_sides(
+    model: Any, processor: Any, rows: list[Row], config: ImagineOPDConfig, modes: tuple[str, ...]
+) -> EvalResult:
+    """Accuracy of both sides on what they see in training: where the student's image is degraded, here too."""
+    from imagine_opd.evaluation import evaluate_model
+    from imagine_opd.settings import make_view_config
+
+    view_config = make_view_config(processor, config, training=True)
+    return evaluate_model(model, processor, rows, view_config, config, modes, _EVAL_BATCH)
+
+
+def build_shown(processor: Any, rows: list[Row], config: ImagineOPDConfig) -> tuple[list[PromptPair], ViewConfig]:
+    """Both sides of the sheet's rows, and the view settings they were made with."""
+    from imagine_opd.privilege import build_pairs
+    from imagine_opd.settings import make_privilege_config, make_view_config
+    from imagine_opd.types import ViewError
+
+    view_config = make_view_config(processor, config, training=True)
+    pairs = build_pairs(rows, processor, view_config, make_privilege_config(config))
+    return [pair for pair in pairs if not isinstance(pair, ViewError)], view_config
 
 
 def refuse_unusable(folder: Path) -> None:
@@ -106,39 +103,6 @@ def refuse_unusable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"--output {str(folder)!r}: {error.strerror}") from error
-
-
-def describe_demo(mode: str, views: str, plan: DemoPlan) -> str:
-    """What is about to happen, in two sentences."""
-    crop = "the crop around the digit asked for" if views == "right" else "a crop around another digit (control)"
-    return (
-        "Each scene shows five shapes with a small digit each; the student sees it at a third of its size.\n"
-        f"The teacher is the same model, frozen, and also sees {crop}. "
-        f"Training: {plan.steps} steps of {plan.batch} scenes, mode {mode}.\n"
-    )
-
-
-def make_run_fields(plan: DemoPlan, mode: str, seed: int) -> dict[str, Any]:
-    """Config fields of a demo run."""
-    fields: dict[str, Any] = {
-        "max_steps": plan.steps,
-        "per_device_train_batch_size": plan.batch,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": plan.learning_rate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.05},
-        "warmup_steps": 10,
-        "weight_decay": 0.0,
-        "distillation_mode": mode,
-        "logging_steps": 20,
-        "save_strategy": "no",
-        "seed": seed,
-        "teacher_check_rows": 32,
-        "check_rows": 64,
-    }
-    if mode == "sampled_token":
-        fields["advantage_baseline"] = "expected"
-    return fields
 
 
 def summarise(
@@ -166,8 +130,9 @@ def as_interval(result: ModeResult) -> dict[str, float]:
 def describe_result(result: dict[str, Any]) -> str:
     """The figures in one line, for the sheet."""
     figures = [f"{100 * result[name]['accuracy']:.1f} %" for name in ("student_before", "student_after", "teacher")]
+    gives = PRIVILEGES[result["privilege"]].gives
     return (
-        f"student {figures[0]} before, {figures[1]} after; teacher with the crop {figures[2]}; "
+        f"student {figures[0]} before, {figures[1]} after; teacher, {gives}, {figures[2]}; "
         f"{result['scenes']} held-out scenes, {100 * result['gap_closed']:.0f} % of the gap closed"
     )
 
@@ -187,7 +152,7 @@ def format_table(result: dict[str, Any], folder: Path) -> str:
     rows = (
         ("student, before", result["student_before"]),
         ("student, after", result["student_after"]),
-        ("teacher, sees the crop", result["teacher"]),
+        ("teacher, " + PRIVILEGES[result["privilege"]].gives, result["teacher"]),
     )
     lines = ["", f"{'accuracy on ' + str(result['scenes']) + ' held-out scenes':<34}{'':>8}   95 % interval"]
     for name, item in rows:
@@ -200,38 +165,37 @@ def format_table(result: dict[str, Any], folder: Path) -> str:
 
 
 def draw_sheet(
-    folder: Path, scenes: list[Scene], views: list[RowViews], before: ModeResult, after: ModeResult, subtitle: str
+    folder: Path,
+    scenes: list[Scene],
+    pairs: list[PromptPair],
+    view_config: ViewConfig,
+    before: ModeResult,
+    after: ModeResult,
+    result: dict[str, Any],
 ) -> None:
     """Draw `contact_sheet.png`: the first held-out scenes as both sides saw them, before and after."""
     from imagine_opd.demo.sheet import SheetRow, draw_contact_sheet
+    from imagine_opd.pictures import restore_pictures
 
-    rows = [
-        SheetRow(
-            image=scene.image,
-            box=view.crop_boxes[0],
-            student_view=restore_picture(view.student, 0),
-            crop=restore_picture(view.teacher, 1),
-            question=scene.question,
-            gold=scene.answer,
-            before_text=before.completions[index],
-            after_text=after.completions[index],
-            before_ok=before.correct[index],
-            after_ok=after.correct[index],
+    kind = PRIVILEGES[result["privilege"]]
+    rows = []
+    for index, (scene, pair) in enumerate(zip(scenes, pairs, strict=False)):
+        student, teacher = pair.student.view, pair.teacher.view
+        # The crop comes behind the whole image; without a crop there is that image alone.
+        picture = restore_pictures(teacher, len(teacher.frame_counts) - 1, view_config)[0]
+        rows.append(
+            SheetRow(
+                image=scene.image,
+                box=scene.box,
+                student_view=restore_pictures(student, 0, view_config)[0].pixels_HWC,
+                evidence=scene.hint if kind.evidence == "words" else picture.pixels_HWC,
+                question=scene.question,
+                gold=scene.answer,
+                before_text=before.completions[index],
+                after_text=after.completions[index],
+                before_ok=before.correct[index],
+                after_ok=after.correct[index],
+                evidence_label=kind.evidence_label,
+            )
         )
-        for index, (scene, view) in enumerate(zip(scenes, views, strict=False))
-    ]
-    draw_contact_sheet(rows, folder / "contact_sheet.png", subtitle=subtitle)
-
-
-def restore_picture(view: View, index: int) -> Any:
-    """Image `index` of a view as `[H, W, 3]` uint8: the very patches the model is given, laid out again."""
-    import numpy as np
-
-    from imagine_opd.demo.tiny import MERGE, PATCH_PX
-
-    start = int(view.image_grid_thw[:index].prod(axis=1).sum())
-    _, high, wide = (int(size) for size in view.image_grid_thw[index])
-    patches = view.pixel_values[start : start + high * wide]
-    blocks = patches.reshape(high // MERGE, wide // MERGE, MERGE, MERGE, 3, PATCH_PX, PATCH_PX)
-    picture = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(high * PATCH_PX, wide * PATCH_PX, 3)
-    return np.round((picture * 0.5 + 0.5) * 255).astype(np.uint8)
+    draw_contact_sheet(rows, folder / "contact_sheet.png", subtitle=describe_result(result))

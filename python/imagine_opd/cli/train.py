@@ -11,20 +11,26 @@ import yaml
 
 from imagine_opd.errors import ConfigError
 
-_CALL_FIELDS = ("model", "data", "output_dir", "processor", "eval_data", "teacher", "resume_from_checkpoint")
+_CALL_FIELDS = ("model", "data", "output_dir", "processor", "eval_data", "teacher", "resume_from_checkpoint", "dry_run")
 
 
 def run_train(config: str, overrides: dict[str, str]) -> None:
     """Train as the file and the options say; print where the model lies. Raises `ConfigError` and what `train` does."""
     from imagine_opd.api import train
 
+    result = train(**read_call(config, overrides))
+    if result.global_step:
+        print(f"trained {result.global_step} steps; the model is in {result.output_dir}")
+
+
+def read_call(config: str, overrides: dict[str, str]) -> dict[str, Any]:
+    """The arguments of `imagine_opd.train` that a file and the options give. Raises `ConfigError`."""
     fields = {**read_config(config), **read_overrides(overrides)}
     for name in ("model", "data"):
         if fields.get(name) is None:
             raise ConfigError(f"{config}: has no {name!r}; set it there or with --{name}")
     call = {name: fields.pop(name) for name in _CALL_FIELDS if name in fields}
-    result = train(call.pop("model"), call.pop("data"), **call, **read_numbers(fields))
-    print(f"trained {result.global_step} steps; the model is in {result.output_dir}")
+    return {**call, **read_numbers(fields)}
 
 
 def read_config(config: str | Path) -> dict[str, Any]:
@@ -64,7 +70,7 @@ def read_overrides(overrides: dict[str, str]) -> dict[str, Any]:
     read: dict[str, Any] = {}
     for name, value in overrides.items():
         is_text = kinds.get(name, "").startswith("str") or name in _CALL_FIELDS
-        is_text = is_text and name != "resume_from_checkpoint"  # a folder, or true
+        is_text = is_text and name not in ("resume_from_checkpoint", "dry_run")  # a folder, or true; true
         try:
             read[name] = value if is_text else yaml.safe_load(value)
         except yaml.YAMLError:

@@ -66,6 +66,7 @@ class ImagineOPDConfig(
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are passed whole; must stay False."})
 
     def __post_init__(self) -> None:
+        objective.read_aliases(self)
         refuse_bad_values(self)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "accuracy", True
@@ -102,6 +103,7 @@ def refuse_bad_values(config: ImagineOPDConfig) -> None:
     rollout.refuse_bad_rollout(config)
     views.refuse_bad_views(config)
     privilege.refuse_bad_privilege(config)
+    guards.refuse_bad_guards(config)
     if config.train_sampling_strategy not in ("random", "sequential"):
         raise ConfigError(
             f"train_sampling_strategy={config.train_sampling_strategy!r}: expected 'random' or 'sequential'; "
@@ -119,6 +121,8 @@ def build_config(output_dir: str | Path, fields: dict[str, Any]) -> ImagineOPDCo
     fields = {_CHECKPOINTING.get(name, name) if name not in known else name: value for name, value in fields.items()}
     for name in fields:
         if name not in known:
+            if name in objective.FOREIGN:
+                raise ConfigError(f"{name}: {objective.FOREIGN[name]}")
             near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown config field {name!r}{hint}")

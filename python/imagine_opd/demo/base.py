@@ -1,10 +1,10 @@
-"""Pretraining of the tiny base: it reads large digits in the image, and small ones only in a crop.
+"""Pretraining of the tiny base: it reads large digits in the image, and small ones only in a crop or in words.
 
-That is the gap Imagine-OPD closes: the same weights answer with the evidence crop and fail without. Two stages:
+That is the gap Imagine-OPD closes: the same weights answer with the evidence and fail without. Two stages:
 1. Alignment. The visual token of a cell is pulled towards the words for its place, colour, shape and digit (cosine).
    Without it, naming a shape in the question and finding it in the image stay apart for thousands of steps.
-2. Questions. Large digits in the whole image, small digits with their crop, and captions, which teach the binding of
-   colour, shape and digit. A small digit never appears in a prompt without its crop.
+2. Questions. Large digits in the whole image, small digits with their crop or with a hint in words, and captions,
+   which teach the binding of colour, shape and digit. A small digit never appears in a prompt without crop or hint.
 
 `python -m imagine_opd.demo.base --output DIR` reproduces the shipped folder in about three minutes on one idle core.
 """
@@ -60,6 +60,7 @@ class Recipe:
     question_rate: float = 1.2e-3
     large_rows: int = 20
     crop_rows: int = 4
+    hint_rows: int = 3
     caption_rows: int = 6
     report_every: int = 100
 
@@ -244,7 +245,7 @@ def train_questions(
     rng: np.random.RandomState,
     report: Callable[[str], None],
 ) -> list[float]:
-    """Stage 2: all weights, on large digits, small digits with their crop, and captions. Returns the losses."""
+    """Stage 2: all weights, on large digits, small ones with crop or hint, and captions. Returns the losses."""
     book = PromptBook(processor)
     parameters = list(model.parameters())
     optimizer, schedule = _build_optimizer(parameters, recipe.question_rate, recipe.question_steps)
@@ -263,6 +264,9 @@ def train_questions(
         picks, objects = _pick_objects(rng, small, recipe.crop_rows)
         asked = [small.scenes[scene].objects[item] for scene, item in zip(picks, objects, strict=True)]
         groups.append(_question_rows(model, book, asked, [small.global_SPF[picks], small.crop_SOPF[picks, objects]]))
+        picks, objects = _pick_objects(rng, small, recipe.hint_rows)
+        asked = [small.scenes[scene].objects[item] for scene, item in zip(picks, objects, strict=True)]
+        groups.append(_question_rows(model, book, asked, [small.global_SPF[picks]], hinted=True))
         for question, describe in captions:
             picks = rng.randint(len(large.scenes), size=recipe.caption_rows).tolist()
             responses = [book.response(describe(large.scenes[index])) for index in picks]
@@ -275,7 +279,8 @@ def train_questions(
         history.append(loss.item())
         if (step + 1) % recipe.report_every == 0 or step + 1 == recipe.question_steps:
             parts = ", ".join(
-                f"{name} {part:.3f}" for name, part in zip(("large", "crop", "caption", "listing"), losses, strict=True)
+                f"{name} {part:.3f}"
+                for name, part in zip(("large", "crop", "hint", "caption", "listing"), losses, strict=True)
             )
             report(f"questions {step + 1}/{recipe.question_steps}: loss {history[-1]:.3f} ({parts}), {_minutes(start)}")
     return history
@@ -289,10 +294,13 @@ def save_base(model: Any, processor: Any, folder: Path) -> None:
 
 
 def _question_rows(
-    model: Any, book: PromptBook, asked: list[SceneObject], images: list[torch.Tensor]
+    model: Any, book: PromptBook, asked: list[SceneObject], images: list[torch.Tensor], hinted: bool = False
 ) -> dict[str, torch.Tensor]:
     sides = [math.isqrt(image_BPF.shape[1]) // 2 for image_BPF in images]
-    prompts = [book.prompt(f"what digit is on the {item.color} {item.shape} ?", sides) for item in asked]
+    questions = [f"what digit is on the {item.color} {item.shape} ?" for item in asked]
+    if hinted:
+        questions = [f"{question} {item.caption}" for question, item in zip(questions, asked, strict=True)]
+    prompts = [book.prompt(question, sides) for question in questions]
     responses = [
         book.response(f"look at {item.place} . zoom . i see {item.digit} . <answer> {item.digit} </answer>")
         for item in asked

@@ -81,12 +81,18 @@ class SceneObject:
         """The cell in a word, as traces and captions say it."""
         return PLACES[3 * self.row + self.column]
 
+    @property
+    def caption(self) -> str:
+        """Where it is, what it is and which digit it bears: `bottom-right red circle 7 .`"""
+        return f"{self.place} {self.color} {self.shape} {self.digit} ."
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:
     """A picture (PNG bytes) with one question about it.
 
     `box` is tight around the digit asked for, `wrong_box` around another object's, whose digit differs.
+    `hint` says the same of the object asked for in words, `wrong_hint` of that other one.
     `trace` is the reference response; `objects` are in raster order and `target` is the index asked for.
     """
 
@@ -101,9 +107,19 @@ class Scene:
     id: str
 
     @property
+    def hint(self) -> str:
+        """The object asked for in words."""
+        return self.objects[self.target].caption
+
+    @property
+    def wrong_hint(self) -> str:
+        """The object of `wrong_box` in words."""
+        return next(item.caption for item in self.objects if item.box == self.wrong_box)
+
+    @property
     def caption(self) -> str:
         """Every object in raster order: the response to `CAPTION_QUESTION`."""
-        return " . ".join(f"{item.place} {item.color} {item.shape} {item.digit}" for item in self.objects) + " ."
+        return " ".join(item.caption for item in self.objects)
 
     def list_objects(self, order: list[int]) -> str:
         """The objects in this order, name before place: the response to `LISTING_QUESTION`."""
@@ -117,7 +133,7 @@ def make_scenes(count: int, seed: int, glyphs: Glyphs = "small") -> list[Scene]:
 
 
 def scenes_to_rows(scenes: list[Scene], views: Literal["right", "wrong"] = "right") -> list[Row]:
-    """Rows of the package for these scenes; `wrong` views point the teacher at another object's digit.
+    """Rows of the package for these scenes; `wrong` views, box and hint, point the teacher at another object's digit.
 
     The answer is in the row for evaluation; training does not read it unless told to.
     """
@@ -129,6 +145,7 @@ def scenes_to_rows(scenes: list[Scene], views: Literal["right", "wrong"] = "righ
             answer=scene.answer,
             id=scene.id,
             source=f"tiny world {scene.id}",
+            hint=scene.hint if views == "right" else scene.wrong_hint,
         )
         for scene in scenes
     ]

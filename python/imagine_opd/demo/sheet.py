@@ -36,19 +36,21 @@ _OUTLINE: _Color = (255, 0, 170)
 
 @dataclass(frozen=True, slots=True)
 class SheetRow:
-    """One scene of the sheet. image: encoded scene; box: the evidence on it; student_view and crop: `[H, W, 3]`
-    uint8 as the two sides see them; gold: the right answer; *_text: the student's responses; *_ok: were they right."""
+    """One scene of the sheet. image: encoded scene; box: the evidence on it; student_view: `[H, W, 3]` uint8 as the
+    student sees it; evidence: what the teacher sees beside or instead, or the words it is told, under
+    `evidence_label`; gold: the right answer; *_text: the student's responses; *_ok: were they right."""
 
     image: bytes
     box: Box
     student_view: Pixels
-    crop: Pixels
+    evidence: Pixels | str
     question: str
     gold: str
     before_text: str
     after_text: str
     before_ok: bool
     after_ok: bool
+    evidence_label: str = "evidence crop, teacher only"
 
 
 def draw_contact_sheet(
@@ -84,7 +86,7 @@ def _draw_card(page: Image.Image, draw: ImageDraw.ImageDraw, row: SheetRow, corn
     tiles = (
         (f"scene, {scene_px} px", _tile_scene(row)),
         (f"student sees, {row.student_view.shape[1]} px", _tile_pixels(row.student_view)),
-        ("evidence crop, teacher only", _tile_pixels(row.crop)),
+        (row.evidence_label, _tile_evidence(row.evidence)),
     )
     for index, (label, tile) in enumerate(tiles):
         tile_x = x + index * (_TILE_PX + _GAP_PX)
@@ -110,6 +112,16 @@ def _tile_scene(row: SheetRow) -> Image.Image:
     # White under magenta: one of the two stands out on every colour of shape.
     draw.rectangle((x0 - 5, y0 - 5, x1 + 4, y1 + 4), outline=(255, 255, 255), width=5)
     draw.rectangle((x0 - 4, y0 - 4, x1 + 3, y1 + 3), outline=_OUTLINE, width=3)
+    return tile
+
+
+def _tile_evidence(evidence: Pixels | str) -> Image.Image:
+    if not isinstance(evidence, str):
+        return _tile_pixels(evidence)
+    tile = Image.new("RGB", (_TILE_PX, _TILE_PX), _PAGE)
+    draw = ImageDraw.Draw(tile)
+    for line, word in enumerate(evidence.split()):
+        _write(draw, (_PAD_PX, _PAD_PX + line * _LINE_PX), word, 21, _INK, _TILE_PX - 2 * _PAD_PX)
     return tile
 
 

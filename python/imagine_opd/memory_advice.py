@@ -1,0 +1,121 @@
+"""Out of memory in a micro-batch: the error and what the batch held in, a sentence with numbers and advice out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from imagine_opd.errors import DeviceMemoryError
+
+_GIB = 2**30
+_CPU_REFUSAL = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchFacts:
+    """What a micro-batch asked of the device, in tokens; sequences are prompt and completion."""
+
+    completions: int
+    rows: int
+    longest_student: int
+    longest_teacher: int
+    image_tokens_student: int
+    image_tokens_teacher: int
+    longest_completion: int
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on an accelerator or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _CPU_REFUSAL.search(str(error)) is not None
+
+
+def read_facts(batch: Any) -> MicroBatchFacts:
+    """The facts of a `batches.MicroBatch`. Image tokens are those of the completion with the most."""
+    lengths = batch.rollouts.completion_mask_BT.sum(dim=1).tolist()
+
+    def longest(side: str) -> int:
+        prompts = [getattr(pair, side) for pair in batch.prompts]
+        return max((len(prompt.input_ids) + n for prompt, n in zip(prompts, lengths, strict=True)), default=0)
+
+    def image_tokens(side: str) -> int:
+        return max((sum(getattr(pair, side).image_tokens) for pair in batch.prompts), default=0)
+
+    return MicroBatchFacts(
+        completions=len(lengths),
+        rows=len({id(row) for row in batch.rows}),
+        longest_student=longest("student"),
+        longest_teacher=longest("teacher"),
+        image_tokens_student=image_tokens("student"),
+        image_tokens_teacher=image_tokens("teacher"),
+        longest_completion=int(max(lengths, default=0)),
+    )
+
+
+def explain_out_of_memory(
+    error: BaseException,
+    facts: MicroBatchFacts,
+    *,
+    batch_size: int,
+    gradient_checkpointing: bool = False,
+    memory_gib: tuple[float, float] | None = None,
+    plan_advice: Sequence[str] = (),
+) -> str:
+    """What ran out, what the micro-batch held, and what to change, the cheapest first.
+
+    `memory_gib`: most allocated and most reserved so far. `plan_advice`: what a plan of the whole run's memory says;
+    it goes before the general advice.
+    """
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    held = ""
+    if memory_gib is not None:
+        held = f" At most {memory_gib[0]:.2f} GiB were allocated and {memory_gib[1]:.2f} GiB reserved."
+    advice = [*plan_advice, *_list_advice(facts, batch_size, gradient_checkpointing)]
+    numbered = " ".join(f"({number}) {item}." for number, item in enumerate(advice, 1))
+    return (
+        f"out of memory in a micro-batch of {facts.completions} completions ({facts.rows} rows): longest sequence "
+        f"{facts.longest_student} tokens for the student, {facts.longest_teacher} for the teacher; image tokens up to "
+        f"{facts.image_tokens_student} and {facts.image_tokens_teacher}; completions up to {facts.longest_completion} "
+        f"tokens.{held} What to change: {numbered} The allocator said: {first_line}"
+    )
+
+
+def read_memory_gib(device: torch.device) -> tuple[float, float] | None:
+    """Most allocated and most reserved of a CUDA device so far; `None` elsewhere."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / _GIB, torch.cuda.max_memory_reserved(device) / _GIB
+
+
+def raise_out_of_memory(error: BaseException, text: str) -> None:
+    """Raise `DeviceMemoryError` with the text, from the allocator's error."""
+    raise DeviceMemoryError(text) from error
+
+
+def _list_advice(facts: MicroBatchFacts, batch_size: int, gradient_checkpointing: bool) -> list[str]:
+    advice = []
+    if batch_size > 1:
+        half = max(batch_size // 2, 1)
+        advice.append(
+            f"per_device_train_batch_size={half} with gradient_accumulation_steps times {batch_size // half}: the same "
+            "step in smaller parts"
+        )
+    if not gradient_checkpointing:
+        advice.append("gradient_checkpointing=True: activations are made again in backward")
+    if facts.completions > facts.rows:
+        each = facts.completions // max(facts.rows, 1)
+        advice.append(f"num_generations below {each}: completions of a row are forwards of their own")
+    if 2 * facts.image_tokens_teacher > facts.longest_teacher:
+        extra = facts.image_tokens_teacher - facts.image_tokens_student
+        if extra > facts.image_tokens_student:
+            advice.append(f"a lower crop_max_pixels: {extra} of the teacher's image tokens are crops")
+        advice.append(f"a lower max_pixels: images are {facts.image_tokens_teacher} of the teacher's tokens")
+    if 4 * facts.longest_completion > facts.longest_student:
+        advice.append(f"max_completion_length below {facts.longest_completion}")
+    advice.append("LoRA (peft), whose teacher is the same weights without the adapter, or a larger device")
+    return advice

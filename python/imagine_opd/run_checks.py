@@ -1,0 +1,37 @@
+"""What is refused before a run begins: settings that do not go with its rows, its rewards or the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from imagine_opd.config import ImagineOPDConfig
+from imagine_opd.errors import ConfigError, RowError
+from imagine_opd.rewards import RewardFunction
+from imagine_opd.types import Row
+
+
+def refuse_bad_run(args: ImagineOPDConfig, train_rows: Sequence[Row], eval_rows: Sequence[Row] | None) -> None:
+    """Raise `ConfigError` or `RowError` for settings that do not go with the rows or the machine."""
+    if args.kernel_backend == "triton" and args.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(f"kernel_backend='triton' needs a CUDA device, this run has {args.device}; use 'auto'")
+    if str(args.eval_strategy.value) != "no" and eval_rows is None:
+        raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs eval_data")
+    if eval_rows is not None and not any(row.answer is not None for row in eval_rows):
+        raise RowError(f"none of the {len(eval_rows)} rows of eval_data has an answer to compare with")
+    if args.dataloader_drop_last and len(train_rows) < args.train_batch_size:
+        raise ConfigError(
+            f"dataloader_drop_last=True with {len(train_rows)} rows and a batch of {args.train_batch_size} leaves none"
+        )
+
+
+def refuse_idle_rewards(functions: tuple[RewardFunction, ...], args: ImagineOPDConfig) -> tuple[RewardFunction, ...]:
+    """The functions. Raises `ConfigError` where they could change nothing, or are asked for and missing."""
+    if not functions and args.distill_failures_only:
+        raise ConfigError("distill_failures_only needs rewards to tell failures by: pass reward_funcs")
+    if functions and args.num_generations == 1 and args.reward_weight > 0 and not args.distill_failures_only:
+        raise ConfigError(
+            "reward_funcs with num_generations=1: a reward counts relative to the row's other completions; set "
+            "num_generations to 2 or more, or reward_weight=0 with distill_failures_only=True"
+        )
+    return functions

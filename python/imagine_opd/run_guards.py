@@ -1,0 +1,203 @@
+"""The guards and metrics of a run in one place: the trainer tells it what happens, and it counts, warns, skips, stops.
+
+What each guard is lives in a file of its own; here they meet the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from imagine_opd.answers import has_answer_tag
+from imagine_opd.batches import BatchBuilder, MicroBatch
+from imagine_opd.completion_logger import CompletionLogger, CompletionSample
+from imagine_opd.config import ImagineOPDConfig
+from imagine_opd.errors import DeviceMemoryError
+from imagine_opd.image_identity import refuse_foreign_images
+from imagine_opd.kernels import TokenStats
+from imagine_opd.memory_advice import explain_out_of_memory, is_out_of_memory, read_facts, read_memory_gib
+from imagine_opd.models import get_head
+from imagine_opd.monitors import CollapseCallback
+from imagine_opd.nonfinite import NonfiniteGuard, describe_micro_batch
+from imagine_opd.privilege_probe import STUDENT, PrivilegeProbe, build_probe, measure_sides, split_privilege
+from imagine_opd.repetition import measure_repetition
+from imagine_opd.rollout.finish import find_truncated
+from imagine_opd.student import run_inside
+from imagine_opd.teacher import Teacher
+from imagine_opd.teacher_watch import (
+    TeacherRecord,
+    TeacherWatchCallback,
+    check_teacher_again,
+    record_teacher,
+    refuse_blind_batch,
+)
+from imagine_opd.thumbnails import make_thumbnails
+from imagine_opd.token_classes import TokenClassifier, note_kl
+from imagine_opd.types import PromptPair, Rollouts, Row
+
+# B completions, T completion tokens, N kept response tokens
+
+
+class RunGuards:
+    """Args: the trainer, whose parts are read when they are needed."""
+
+    def __init__(self, trainer: Any, builder: BatchBuilder, teacher: Teacher) -> None:
+        self.trainer = trainer
+        self.builder = builder
+        self.teacher = teacher
+        self.args: ImagineOPDConfig = trainer.args
+        self.metrics = builder.metrics
+        self.say = builder.say
+        self.classifier = TokenClassifier(builder.processor.tokenizer)
+        self.logger = CompletionLogger(lambda: trainer.callback_handler.callbacks, self.say)
+        self.nonfinite = NonfiniteGuard(
+            trainer.accelerator, self.args.output_dir, self.args.max_nonfinite_steps, describe_micro_batch, self.say
+        )
+        self.record: TeacherRecord | None = None
+        self.probe: PrivilegeProbe | None = None
+        self.vocabulary_size = 0
+
+    def make_callbacks(self) -> list[TrainerCallback]:
+        """What the Trainer must call."""
+        watch = TeacherWatchCallback(
+            (self.args.teacher_check_steps, self.check_teacher),
+            (self.args.probe_steps, lambda step: self.measure_probe()),
+        )
+        return [CollapseCallback(self.args, self.say), watch, self.logger]
+
+    # before step 0, and later
+
+    def start(self, student: Any, pairs: Sequence[PromptPair], rows: Sequence[Row]) -> None:
+        """Record the teacher and measure the probe, before anything is wrapped or trained."""
+        with self.teacher.loaded(student) as module:
+            self.vocabulary_size = len(get_head(module).weight_VD)
+            self.record = record_teacher(module, pairs, self.builder.engine, self.args.max_completion_length)
+            if self.args.probe_rows:
+                self.probe = build_probe(
+                    rows[: self.args.probe_rows],
+                    self.builder.processor,
+                    self.builder.view_config,
+                    self.builder.privilege_config,
+                    module,
+                    self.builder.engine,
+                    self.args.max_completion_length,
+                    self.builder.teacher_view,
+                )
+        self.measure_probe()
+
+    def check_teacher(self, step: int) -> None:
+        """The periodic check; raises `TeacherError`."""
+        if self.record is None:
+            return
+        model = self.trainer.model_wrapped
+        with self.trainer.accelerator.autocast(), torch.no_grad():
+            figures = check_teacher_again(
+                self.record,
+                lambda function: run_inside(model, function),
+                lambda function: self.teacher.run(model, function),
+                self.builder.engine.token_ids.pad,
+                self.vocabulary_size,
+                step,
+                is_frozen=self.teacher.kind == "base",
+            )
+        for name, value in figures.items():
+            self.metrics.add_mean(name, value)
+
+    def measure_probe(self) -> None:
+        """`gap/...` for the next log."""
+        if self.probe is None:
+            return
+        probe, pad_id = self.probe, self.builder.engine.token_ids.pad
+        size = self.args.per_device_train_batch_size
+        model = self.trainer.model_wrapped
+        with self.trainer.accelerator.autocast(), torch.no_grad():
+            means = self.teacher.run(model, lambda module: measure_sides(module, probe, pad_id, size))
+            own = run_inside(model, lambda module: measure_sides(module, probe, pad_id, size, (STUDENT,)))
+        split = split_privilege(means, own.get(STUDENT))
+        for name, value in split.items():
+            self.metrics.add_mean(name, value)
+
+    # each step
+
+    def note_rollouts(
+        self, micro_batches: Sequence[MicroBatch], rollouts: Rollouts, texts: Sequence[str], step: int
+    ) -> None:
+        """The step's completions. `step` is the number that its log will have."""
+        count, figures = len(texts), self.metrics
+        lengths = rollouts.completion_mask_BT.sum(dim=1).tolist()
+        figures.steps += 1
+        figures.add_mean("completions/mean_length", float(sum(lengths)), count)
+        figures.add_max("completions/max_length", float(max(lengths, default=0)))
+        figures.add_mean(
+            "completions/clipped_ratio", float(find_truncated(rollouts, self.builder.engine.token_ids).sum()), count
+        )
+        figures.add_mean("tag_rate", float(sum(has_answer_tag(text) for text in texts)), count)
+        figures.add_mean("loss_tokens", float(sum((batch.weights_BT > 0).sum() for batch in micro_batches)))
+        for reason, number in rollouts.dropped.items():
+            figures.add_total(f"rows_dropped/{reason}", float(number))
+        ids = rollouts.completion_ids_BT.tolist()
+        shares = [measure_repetition(row[:length]) for row, length in zip(ids, lengths, strict=True)]
+        self.metrics.add_mean("completions/repetition", sum(shares), len(shares))
+        every = self.args.teacher_check_steps
+        if self.args.teacher_checks and (step == 1 or (every and step % every == 0)):
+            self._check_images(micro_batches)
+
+    def _check_images(self, micro_batches: Sequence[MicroBatch]) -> None:
+        found = [
+            item for batch in micro_batches if batch.is_used for item in zip(batch.rows, batch.prompts, strict=True)
+        ]
+        found = found[:: self.args.num_generations][: self.args.teacher_check_rows]
+        rows, pairs = [row for row, _ in found], [pair for _, pair in found]
+        refuse_blind_batch(pairs)
+        refuse_foreign_images(rows, pairs, self.builder.build_pairs, exact=not self.args.scaled_decode)
+
+    def hold_completions(self, shown: Sequence[tuple[Row, PromptPair, str]]) -> None:
+        """Completions that go out with the next log, with thumbnails where something takes them."""
+        if not self.logger.has_reporter:
+            return
+        self.logger.hold(
+            [
+                CompletionSample(
+                    row.id or row.source,
+                    row.question,
+                    row.answer,
+                    text,
+                    tuple(make_thumbnails(pair.student.view, self.builder.view_config)),
+                )
+                for row, pair, text in shown
+            ]
+        )
+
+    def note_objective(self, batch: MicroBatch, active_BT: torch.Tensor, stats: TokenStats) -> None:
+        """A micro-batch's per-token statistics."""
+        row_N, position_N = active_BT.nonzero(as_tuple=True)
+        lengths_B = batch.rollouts.completion_mask_BT.sum(dim=1)
+        classes_BT = self.classifier.classify(batch.rollouts.completion_ids_BT, batch.rollouts.completion_mask_BT)
+        note_kl(self.metrics, stats.reverse_kl_N, classes_BT[active_BT.cpu()], position_N, lengths_B[row_N])
+        sampled_N = batch.rollouts.sampling_logprobs_BT[active_BT]
+        drift_N = (stats.student_logprob_N.detach() - sampled_N).abs()
+        self.metrics.add_mean("rollout_drift", float(drift_N.sum()), len(drift_N))
+
+    def settle_step(self, model: Any, optimizer: Any, loss: torch.Tensor, batch: MicroBatch) -> None:
+        """After each micro-batch's backward; at the step's last, whether the optimizer may step."""
+        self.nonfinite.note_loss(loss, batch)
+        if self.trainer.accelerator.sync_gradients:
+            found = self.nonfinite.settle(model, optimizer, self.trainer.state.global_step + 1)
+            self.metrics.add_total("nonfinite_steps", float(found is not None))
+
+    def explain_error(self, error: BaseException, batch: MicroBatch, plan_advice: Sequence[str] = ()) -> None:
+        """Raise `DeviceMemoryError` when memory ran out in a micro-batch; else return, for the error to go on."""
+        if not is_out_of_memory(error):
+            return
+        text = explain_out_of_memory(
+            error,
+            read_facts(batch),
+            batch_size=self.args.per_device_train_batch_size,
+            gradient_checkpointing=self.args.gradient_checkpointing,
+            memory_gib=read_memory_gib(self.args.device),
+            plan_advice=plan_advice,
+        )
+        raise DeviceMemoryError(text) from error

@@ -1,0 +1,94 @@
+"""Memory that ran out becomes a sentence with the batch's numbers and advice in order."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from imagine_opd.errors import DeviceMemoryError, ImagineError
+from imagine_opd.memory_advice import (
+    MicroBatchFacts,
+    explain_out_of_memory,
+    is_out_of_memory,
+    raise_out_of_memory,
+    read_facts,
+    read_memory_gib,
+)
+from imagine_opd.types import Prompt, PromptPair, Rollouts
+
+FACTS = MicroBatchFacts(
+    completions=8,
+    rows=4,
+    longest_student=1300,
+    longest_teacher=4500,
+    image_tokens_student=1000,
+    image_tokens_teacher=4000,
+    longest_completion=256,
+)
+
+
+def test_every_kind_of_refusal_is_known_and_other_errors_are_not():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not is_out_of_memory(ValueError("DefaultCPUAllocator"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)  # a real refusal of the CPU's allocator
+    assert is_out_of_memory(caught.value)
+
+
+def test_sentence_holds_the_numbers_and_the_advice_in_order():
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
+    text = explain_out_of_memory(
+        error, FACTS, batch_size=4, memory_gib=(70.5, 77.25), plan_advice=["teacher_device=cpu saves 8.0 GiB"]
+    )
+    assert text.startswith(
+        "out of memory in a micro-batch of 8 completions (4 rows): longest sequence 1300 tokens for the student, 4500 "
+        "for the teacher; image tokens up to 1000 and 4000; completions up to 256 tokens. At most 70.50 GiB were "
+        "allocated and 77.25 GiB reserved. What to change: (1) teacher_device=cpu saves 8.0 GiB. "
+        "(2) per_device_train_batch_size=2 with gradient_accumulation_steps times 2"
+    )
+    order = ["(3) gradient_checkpointing=True", "(4) num_generations below 2", "(5) a lower crop_max_pixels: 3000"]
+    places = [text.index(item) for item in [*order, "(6) a lower max_pixels: images are 4000", "(7) LoRA"]]
+    assert places == sorted(places)
+    assert text.endswith("The allocator said: CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_advice_that_cannot_help_is_not_given():
+    facts = MicroBatchFacts(1, 1, 900, 950, 300, 320, 600)
+    text = explain_out_of_memory(MemoryError(), facts, batch_size=1, gradient_checkpointing=True)
+    assert "per_device_train_batch_size" not in text
+    assert "gradient_checkpointing" not in text
+    assert "num_generations" not in text
+    assert "max_pixels" not in text
+    assert "(1) max_completion_length below 600. (2) LoRA" in text
+    assert text.endswith("The allocator said: MemoryError")
+
+
+def test_facts_are_those_of_the_longest_and_the_most():
+    def prompt(length: int, images: tuple[int, ...]) -> Prompt:
+        return Prompt("", (1,) * length, (0,) * length, None, images, "qwen_vl")
+
+    mask_BT = torch.tensor([[True] * 3, [True, False, False]])
+    row = object()
+    batch = SimpleNamespace(
+        rows=(row, row),
+        prompts=(
+            PromptPair(prompt(10, (4,)), prompt(20, (4, 9))),
+            PromptPair(prompt(11, (6,)), prompt(23, (6, 1))),
+        ),
+        rollouts=Rollouts(mask_BT.long(), mask_BT, torch.zeros(2, 3)),
+    )
+    assert read_facts(batch) == MicroBatchFacts(2, 1, 13, 24, 6, 13, 3)
+
+
+def test_the_error_is_the_users_and_keeps_its_cause():
+    cause = MemoryError("nothing left")
+    with pytest.raises(DeviceMemoryError, match="said") as caught:
+        raise_out_of_memory(cause, "said")
+    assert caught.value.__cause__ is cause
+    assert isinstance(caught.value, ImagineError)
+    assert isinstance(caught.value, MemoryError)
+    assert read_memory_gib(torch.device("cpu")) is None
