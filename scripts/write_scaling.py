@@ -78,9 +78,9 @@ are gathered in bfloat16, and so are embeddings and head. Every card works on {r
 cache are as on one card. A teacher on the CPU is not divided: each process brings in the same blocks, and holds what it
 streams from in the machine's memory. With LoRA, DDP is the simpler choice as long as one card holds the model: use
 `accelerate launch --config_file configs/accelerate/ddp.yaml -m imagine_opd train CONFIG.yaml`. For all weights use
-`accelerate launch --config_file configs/accelerate/fsdp2.yaml -m imagine_opd train CONFIG.yaml`, or `zero3.yaml` in its
-place for DeepSpeed ZeRO-3, which keeps bfloat16 weights and fp32 ones beside them. The batch is
-`per_device_train_batch_size` × processes × `gradient_accumulation_steps`.
+`accelerate launch --config_file configs/accelerate/fsdp2.yaml -m imagine_opd train CONFIG.yaml`, or
+`deepspeed_zero3.yaml` in its place for DeepSpeed ZeRO-3, which keeps bfloat16 weights and fp32 ones beside them. The
+batch is `per_device_train_batch_size` × processes × `gradient_accumulation_steps`.
 
 ## Several nodes
 

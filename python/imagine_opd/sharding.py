@@ -27,6 +27,11 @@ def is_zero3(model: Any) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in unwrap_parallel(model).parameters())
 
 
+def is_gathered(parameter: torch.Tensor) -> bool:
+    """Whether a parameter that ZeRO-3 shards is whole now, as inside `gather_parameters`."""
+    return parameter.numel() == getattr(parameter, "ds_numel", None)
+
+
 def is_sharded(model: Any) -> bool:
     """Whether a forward of the model takes collectives: all ranks must call it as often."""
     return is_fsdp2(model) or is_zero3(model)

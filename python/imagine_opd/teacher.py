@@ -10,6 +10,7 @@ from imagine_opd.ema import EmaAdapterTeacher, EmaTeacher
 from imagine_opd.errors import ConfigError, TeacherError
 from imagine_opd.models import get_head, load_model, load_processor
 from imagine_opd.peft_models import has_adapter
+from imagine_opd.sharding import gather_parameters, is_zero3
 from imagine_opd.teacher_kinds import (
     TEACHER_FILE,
     AdapterOffTeacher,
@@ -60,6 +61,9 @@ def build_teacher(
         if teacher is student:
             raise TeacherError("teacher is the student itself: its weights would move; leave it out for a frozen copy")
         module = load_model(teacher, teacher_dtype or dtype)
+        if is_zero3(module):  # split while it was loaded
+            with gather_parameters(module):
+                module = copy_model(module)
         refuse_other_vocabulary(student, module, processor, teacher)
         return HeldTeacher(module, "cpu" if on_cpu else "copy", equals_student=False)
     if kind == "live":

@@ -22,7 +22,7 @@ from imagine_opd.merging import get_base, has_no_effect
 from imagine_opd.models import describe_head, find_head
 from imagine_opd.offload import hold_on_cpu
 from imagine_opd.peft_models import adapters_off, find_adapter_layers
-from imagine_opd.sharding import gather_full_tensor
+from imagine_opd.sharding import gather_full_tensor, is_gathered, unwrap_parallel
 from imagine_opd.student import open_forward, paused
 
 TEACHER_FILE = "teacher.json"
@@ -70,7 +70,8 @@ class Teacher(ABC):
         The student's adapters are back on inside: its own head may be taken there too.
         """
         with self.loaded(student) as module:
-            head = describe_head(find_head(module), module)
+            model = unwrap_parallel(module)
+            head = describe_head(find_head(model), model)
         bias_V = None if head.bias_V is None else gather_full_tensor(head.bias_V)
         yield replace(head, weight_VD=gather_full_tensor(head.weight_VD), bias_V=bias_V)
 
@@ -213,14 +214,18 @@ def refuse_zero3(model: nn.Module) -> None:
 
 
 def copy_model(model: nn.Module, dtype: torch.dtype | None = None, device: str | None = None) -> nn.Module:
-    """A copy for a teacher. What is frozen is shared where dtype and device stay: it is the same for ever."""
-    refuse_zero3(model)
+    """A copy for a teacher. What is frozen is shared where dtype and device stay: it is the same for ever.
+
+    Weights that DeepSpeed ZeRO-3 split must be gathered around the call.
+    """
+    if any(hasattr(parameter, "ds_id") and not is_gathered(parameter) for parameter in model.parameters()):
+        refuse_zero3(model)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         wanted = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
         place = parameter.device if device is None else torch.device(device)
         stays = wanted == parameter.dtype and place == parameter.device
-        if stays and not parameter.requires_grad and device is None:
+        if stays and not parameter.requires_grad and device is None and not hasattr(parameter, "ds_id"):
             memo[id(parameter)] = parameter
         else:
             # Cast on the way: a copy in the student's dtype would not have to fit first.

@@ -103,20 +103,21 @@ class ImagineOPDTrainer(SafeSaving):
         )
         self.token_ids = read_token_ids(student, self.processor)
         self.engine = HFEngine(self.token_ids)
-        self.run_plan = plan_run(
-            student, args, self.processor, self.view_config, train_dataset, teacher, student_view, teacher_view
-        )
-        self.teacher = build_teacher(
-            student,
-            self.processor,
-            teacher,
-            args.model_dtype,
-            kind=args.teacher_model_kind,
-            placement="cpu" if self.run_plan is not None and self.run_plan.placement == "cpu" else "device",
-            teacher_dtype=args.teacher_dtype,
-            update_rate=args.teacher_update_rate,
-            sync_steps=args.teacher_sync_steps,
-        )
+        with gather_parameters(student):  # ZeRO-3 splits it while it is loaded
+            self.run_plan = plan_run(
+                student, args, self.processor, self.view_config, train_dataset, teacher, student_view, teacher_view
+            )
+            self.teacher = build_teacher(
+                student,
+                self.processor,
+                teacher,
+                args.model_dtype,
+                kind=args.teacher_model_kind,
+                placement="cpu" if self.run_plan is not None and self.run_plan.placement == "cpu" else "device",
+                teacher_dtype=args.teacher_dtype,
+                update_rate=args.teacher_update_rate,
+                sync_steps=args.teacher_sync_steps,
+            )
         self.teacher_report: TeacherReport | None = None
         self.step_metrics = StepMetrics(torch.cuda.synchronize if args.device.type == "cuda" else lambda: None)
         self._messages: set[str] = set()
@@ -310,8 +311,8 @@ class ImagineOPDTrainer(SafeSaving):
                 self.args.seed,
                 self.teacher.equals_student,
             )
-        self.step_metrics.clear()  # what the probe rows cost is not the first step's
-        self.guards.start(self.model, pairs, [self.train_dataset[i] for i in range(count)])
+            self.step_metrics.clear()  # what the probe rows cost is not the first step's
+            self.guards.start(student, pairs, [self.train_dataset[i] for i in range(count)])
         for name, value in self.teacher_report.as_metrics().items():
             self.step_metrics.add_mean(name, value)
         if self.teacher_report.privilege_gap <= 0:
