@@ -10,22 +10,58 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run_in_processes
 
 from imagine_opd.cli import demo as demo_command
 from imagine_opd.cli import main
 from imagine_opd.config import build_config
 from imagine_opd.demo import base_model_path, make_scenes, plans
 from imagine_opd.demo.recipe import TINY_RECIPE
+from imagine_opd.errors import ConfigError
+from imagine_opd.models import load_model
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "measure_demo.py"
 
 
+def shorten_demo(patch):
+    plan = plans.DemoPlan(steps=3, batch=8, scenes=24, learning_rate=5e-4)
+    patch.setattr(plans, "PLANS", dict.fromkeys(plans.PLANS, plan))
+    patch.setattr(demo_command, "PLANS", plans.PLANS)
+    patch.setattr(demo_command, "EVAL_SCENES", 23)
+
+
 @pytest.fixture
 def tiny_plan(monkeypatch):
-    plan = plans.DemoPlan(steps=3, batch=8, scenes=24, learning_rate=5e-4)
-    monkeypatch.setattr(plans, "PLANS", dict.fromkeys(plans.PLANS, plan))
-    monkeypatch.setattr(demo_command, "PLANS", plans.PLANS)
-    monkeypatch.setattr(demo_command, "EVAL_SCENES", 24)
+    shorten_demo(monkeypatch)
+
+
+def run_short_demo(folder: str):
+    """In each of several processes: the result it returned."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_demo(patch)
+        return demo_command.run_demo(folder, "full", "right", 0, False)
+
+
+def test_two_processes_make_one_demo(tmp_path):
+    """Checks, probe, steps, evaluation and files, all shared: what one process writes, once."""
+    alone = run_short_demo(str(tmp_path / "one"))
+    first, second = run_in_processes(run_short_demo, str(tmp_path / "two"), timeout_s=300)
+    figures = ("student_before", "student_after", "teacher", "gap_closed", "scenes")
+    for name in figures:
+        assert first[name] == second[name] == alone[name], name
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["processes"] == 2
+    weights = [load_model(tmp_path / folder / "model").state_dict() for folder in ("one", "two")]
+    start = load_model(base_model_path()).state_dict()
+    moved = max(float((weights[0][name] - start[name]).abs().max()) for name in start)
+    apart = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in start)
+    assert apart < 0.05 * moved
+    logs = [(tmp_path / folder / "model" / "metrics.jsonl").read_text().splitlines() for folder in ("one", "two")]
+    assert len(logs[0]) == len(logs[1])
+
+
+def test_processes_that_cannot_share_a_step_are_refused():
+    with pytest.raises(ConfigError, match="3 processes: a step of 32 scenes"):
+        plans.make_run_fields("full", "crops", False, False, 0, processes=3)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +80,7 @@ def test_demo_leaves_result_sheet_and_model(tiny_plan, tmp_path, capsys, options
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     assert main(["demo", "--output", str(out), "--seed", "3", *words]) == 0
     result = json.loads((out / "result.json").read_text())
-    assert (result["mode"], result["seed"], result["scenes"]) == (options.get("mode", "full"), 3, 24)
+    assert (result["mode"], result["seed"], result["scenes"]) == (options.get("mode", "full"), 3, 23)
     assert (result["privilege"], result["lora"]) == (options.get("privilege", "crops"), False)
     for name in ("student_before", "student_after", "teacher"):
         assert 0 <= result[name]["low"] <= result[name]["accuracy"] <= result[name]["high"] <= 1

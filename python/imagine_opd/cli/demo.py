@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,16 @@ _SHEET_ROWS = 8
 def run_demo(
     output: str, mode: str, views: Views, seed: int, long: bool, privilege: str = "crops", lora: bool = False
 ) -> dict[str, Any]:
-    """Evaluate, train, evaluate; print a table; write `result.json` and `contact_sheet.png`. Returns the result."""
+    """Evaluate, train, evaluate; print a table; write `result.json` and `contact_sheet.png`. Returns the result.
+
+    Started in several processes, they share the scenes of each step and of the evaluation; the first one reports.
+    """
     folder = Path(output)
     refuse_unusable(folder)
     started = time.perf_counter()
-    print(describe_run(mode, privilege, views, lora, long), flush=True)
+    processes, is_first = read_launch()
+    say = print_now if is_first else (lambda text: None)
+    say(describe_run(mode, privilege, views, lora, long))
 
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -46,15 +52,15 @@ def run_demo(
     held_out = make_scenes(EVAL_SCENES, _EVAL_SEED, glyphs)
     eval_rows = make_rows(held_out, privilege, "right")
     train_rows = make_rows(make_scenes(PLANS[mode, long].scenes, seed, glyphs), privilege, views)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(base_model_path()).to(device)
     processor = load_processor(None, base_model_path())
-    fields = make_run_fields(mode, privilege, lora, long, seed)
+    fields = make_run_fields(mode, privilege, lora, long, seed, processes)
+    fields["use_cpu"] = not torch.cuda.is_available()  # else several processes would each train alone
     config = build_config(folder / "model", fields)
+    model = load_model(base_model_path()).to(config.device)
     seconds = {"setup": time.perf_counter() - started}
 
     before = evaluate_sides(model, processor, eval_rows, config, ("imagine", "teacher"))
-    print(f"before: student {show(before['imagine'])}, teacher {show(before['teacher'])}", flush=True)
+    say(f"before: student {show(before['imagine'])}, teacher {show(before['teacher'])}")
     seconds["evaluate"] = before["imagine"].seconds + before["teacher"].seconds
 
     clock = time.perf_counter()
@@ -64,12 +70,23 @@ def run_demo(
     after = evaluate_sides(trained.model, processor, eval_rows, config, ("imagine",))
     seconds["evaluate"] += after["imagine"].seconds
     result = summarise(before["imagine"], after["imagine"], before["teacher"], mode, seed, seconds)
-    result |= {"privilege": privilege, "lora": lora}
-    write_result(folder, result)
-    pairs, view_config = build_shown(processor, eval_rows[:_SHEET_ROWS], config)
-    draw_sheet(folder, held_out, pairs, view_config, before["imagine"], after["imagine"], result)
-    print(format_table(result, folder))
+    result |= {"privilege": privilege, "lora": lora, "processes": processes}
+    if is_first:
+        write_result(folder, result)
+        pairs, view_config = build_shown(processor, eval_rows[:_SHEET_ROWS], config)
+        draw_sheet(folder, held_out, pairs, view_config, before["imagine"], after["imagine"], result)
+    say(format_table(result, folder))
     return result
+
+
+def read_launch() -> tuple[int, bool]:
+    """How many processes a launcher started, and whether this is the first."""
+    return int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+
+
+def print_now(text: str) -> None:
+    """A line, out at once."""
+    print(text, flush=True)
 
 
 def evaluate_sides(
@@ -78,9 +95,11 @@ def evaluate_sides(
     """Accuracy of both sides on what they see in training: where the student's image is degraded, here too."""
     from imagine_opd.evaluation import evaluate_model
     from imagine_opd.settings import make_view_config
+    from imagine_opd.sharding import gather_parameters
 
     view_config = make_view_config(processor, config, training=True)
-    return evaluate_model(model, processor, rows, view_config, config, modes, _EVAL_BATCH)
+    with gather_parameters(model) as whole:
+        return evaluate_model(whole, processor, rows, view_config, config, modes, _EVAL_BATCH, shared=True)
 
 
 def build_shown(processor: Any, rows: list[Row], config: ImagineOPDConfig) -> tuple[list[PromptPair], ViewConfig]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.demo.scenes import Glyphs, Scene, scenes_to_rows
+from imagine_opd.errors import ConfigError
 from imagine_opd.types import Row
 
 Views = Literal["right", "wrong"]
@@ -112,14 +113,21 @@ def make_rows(scenes: list[Scene], privilege: str, views: Views) -> list[Row]:
     return [dataclasses.replace(row, boxes=(), hint="") for row in rows]
 
 
-def make_run_fields(mode: str, privilege: str, lora: bool, long: bool, seed: int) -> dict[str, Any]:
-    """Config fields of a demo run, what both sides see among them."""
+def make_run_fields(mode: str, privilege: str, lora: bool, long: bool, seed: int, processes: int = 1) -> dict[str, Any]:
+    """Config fields of a demo run, what both sides see among them. A step's scenes are shared out to the processes.
+
+    Raises `ConfigError` when they cannot be shared out evenly.
+    """
     plan = PLANS[mode, long]
+    if plan.batch % processes:
+        raise ConfigError(
+            f"{processes} processes: a step of {plan.batch} scenes cannot be shared out evenly; start 2, 4 or 8"
+        )
     fields: dict[str, Any] = {
         **TINY_RECIPE,
         **PRIVILEGES[privilege].fields,
         "max_steps": plan.steps,
-        "per_device_train_batch_size": plan.batch,
+        "per_device_train_batch_size": plan.batch // processes,
         "gradient_accumulation_steps": 1,
         "learning_rate": plan.learning_rate,
         "lr_scheduler_type": "cosine_with_min_lr",
