@@ -6,14 +6,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
-import transformers
-from model_families import BUILDERS, Built, build_family
-from pictures import draw_image, encode
+from family_cases import FIELDS, TEMPLATE, find_family, make_pairs, make_rows, project, sample
+from model_families import BUILDERS, Built
+from pictures import draw_image
 from PIL import Image
 
 import imagine_opd
@@ -22,7 +21,6 @@ from imagine_opd.config import build_config
 from imagine_opd.errors import ConfigError, RowError, TeacherError
 from imagine_opd.kernels import linear_token_stats
 from imagine_opd.models import fit_inputs, get_body, get_head, load_processor, read_token_ids
-from imagine_opd.privilege import PrivilegeConfig, build_prompts
 from imagine_opd.prompts import build_prompt
 from imagine_opd.rollout import HFEngine, SamplingConfig, finish_completions
 from imagine_opd.rollout.hf import pad_prompts
@@ -31,48 +29,17 @@ from imagine_opd.settings import make_view_config
 from imagine_opd.teacher import build_teacher
 from imagine_opd.teacher_checks import check_teacher, refuse_blind_prompt
 from imagine_opd.trainer import ImagineOPDTrainer
-from imagine_opd.types import Box, Row
+from imagine_opd.types import Row
 from imagine_opd.views import make_views
 
 FAMILIES = list(BUILDERS)
 CPU = torch.device("cpu")
-TEMPLATE = "{question} Look."
-# Images of the rows of a batch: one that is cut, several of different sizes, one that is a single frame.
-SIZES = (((40, 24),), ((20, 52), (33, 31)), ((16, 16),), ((70, 22),))
-FIELDS = {
-    "student_prompt_template": TEMPLATE,
-    "teacher_prompt_template": TEMPLATE + " Use the crop.",
-    "box_margin": 0.0,
-    "min_crop_px": 1,
-}
-
-
-@cache
-def find_family(name: str) -> Built:
-    return build_family(name)
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request) -> Built:
     """Shared by all tests: those that train copy the model first."""
     return find_family(request.param)
-
-
-def make_rows(sizes=SIZES) -> list[Row]:
-    rows = []
-    for seed, images in enumerate(sizes):
-        data = tuple(encode(draw_image(*size, seed=10 * seed + place)) for place, size in enumerate(images))
-        width, height = images[-1]
-        box = Box(width // 3, height // 4, width // 3 + 9, height // 4 + 11, image=len(images) - 1)
-        rows.append(Row(data, f"what digit is {seed} ?\n  here", (box,), answer=str(seed)))
-    return rows
-
-
-def make_pairs(family: Built, rows: list[Row], tmp_path):
-    args = build_config(tmp_path, {**FIELDS, **family.options})
-    views = make_views(rows, make_view_config(family.processor, args))
-    config = PrivilegeConfig(TEMPLATE, FIELDS["teacher_prompt_template"])
-    return [build_prompts(row, view, family.processor, config) for row, view in zip(rows, views, strict=True)]
 
 
 def open_images(row: Row) -> list[Image.Image]:
@@ -91,11 +58,6 @@ def process(family: Built, texts: list[str], images: list[list[Image.Image]], si
         return_mm_token_type_ids=True,
         return_tensors="pt",
     )
-
-
-def sample(family: Built, prompts, length=7, temperature=1.0, seed=3):
-    engine = HFEngine(read_token_ids(family.model, family.processor))
-    return engine.generate(family.model, prompts, SamplingConfig(length, temperature), seed=seed)
 
 
 def assert_equal_inputs(found: dict, expected: dict) -> None:
@@ -171,14 +133,6 @@ def test_scores_are_the_models_own_logits(family, tmp_path):
             expected.append(output_1LV[0, -1 - response_1T.shape[1] : -1])
     torch.testing.assert_close(logits_NV, torch.cat(expected), atol=2e-5, rtol=1e-4)
     assert float(logits_NV.std()) > 0.05  # not all the same
-
-
-def project(head, hidden_ND):
-    logits_NV = hidden_ND @ head.weight_VD.T
-    if head.bias_V is not None:
-        logits_NV = logits_NV + head.bias_V
-    logits_NV = head.logit_scale * logits_NV
-    return logits_NV if head.softcap is None else head.softcap * torch.tanh(logits_NV / head.softcap)
 
 
 def test_left_and_right_padding_score_the_same(family, tmp_path):
@@ -391,97 +345,6 @@ def test_text_that_asks_for_pixels_is_refused(family, tmp_path):
         bad = dataclasses.replace(row, question=f"what {token} ?", source="rows.jsonl:9")
         with pytest.raises(RowError, match="rows.jsonl:9: the text contains the image placeholder"):
             build_prompt(bad, view.student, family.processor, TEMPLATE)
-
-
-# Heads and wrappers
-
-# peft still asks transformers by the old name.
-ignore_old_name = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-TEXT_ONLY = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16}
-TEXT_ONLY |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields", "expected"),
-    [
-        ("Phi", {}, (1.0, None)),  # a bias
-        ("Cohere", {"logit_scale": 0.25}, (0.25, None)),
-        ("Granite", {"logits_scaling": 4.0}, (0.25, None)),
-        ("Gemma2", {"final_logit_softcapping": 3.0}, (1.0, 3.0)),
-    ],
-)
-def test_head_is_what_the_models_own_forward_does(kind, fields, expected):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**TEXT_ONLY, **fields)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    head = get_head(model)
-    if head.bias_V is not None:
-        torch.nn.init.normal_(head.bias_V)
-    ids = torch.tensor([[3, 4, 5, 6]])
-    with torch.no_grad():
-        found = project(head, get_body(model)(ids).last_hidden_state)
-        torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
-    assert (head.logit_scale, head.softcap) == expected
-    assert (head.bias_V is not None) == (kind == "Phi")
-
-
-def test_softcap_that_the_models_forward_leaves_out_is_left_out():
-    model = copy.deepcopy(find_family("gemma3").model)
-    model.config.text_config.final_logit_softcapping = 2.0
-    ids = torch.tensor([[2, 20, 21, 22]])
-    with torch.no_grad():
-        found = project(get_head(model), get_body(model)(ids).last_hidden_state)
-        torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
-
-
-@ignore_old_name
-@pytest.mark.parametrize("name", ["qwen3_vl", "llava_onevision", "gemma3"])
-def test_scores_look_through_lora(name, tmp_path):
-    peft = pytest.importorskip("peft")
-    family = find_family(name)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(copy.deepcopy(family.model), config).eval()
-    prompts = [pair.student for pair in make_pairs(family, make_rows(), tmp_path)]
-    ids = read_token_ids(model, family.processor)
-    rollouts = HFEngine(ids).generate(model, prompts, SamplingConfig(5), seed=1)
-    mask_BT = rollouts.completion_mask_BT
-
-    def score_tokens(scored):
-        with torch.no_grad():
-            hidden_ND = score_side(scored, prompts, rollouts, mask_BT, ids.pad)
-            stats = linear_token_stats(hidden_ND, get_head(scored), None, None, rollouts.completion_ids_BT[mask_BT])
-        return stats.student_logprob_N
-
-    torch.testing.assert_close(score_tokens(model), rollouts.sampling_logprobs_BT[mask_BT], atol=5e-5, rtol=1e-4)
-    plain_N = score_tokens(family.model)
-    assert float((score_tokens(model) - plain_N).abs().max()) > 1e-3
-    with model.disable_adapter():
-        torch.testing.assert_close(score_tokens(model), plain_N)
-
-
-@ignore_old_name
-def test_head_trained_in_full_beside_lora_is_the_copy_in_use():
-    peft = pytest.importorskip("peft")
-    base = copy.deepcopy(find_family("qwen3_vl").model)
-    original = base.lm_head.weight
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = peft.get_peft_model(base, config)
-    head = get_head(model)
-    assert head.weight_VD is not original
-    assert head.weight_VD.requires_grad
-    with model.disable_adapter():
-        assert get_head(model).weight_VD is original
-    assert get_head(model).weight_VD is head.weight_VD
-
-
-@ignore_old_name
-def test_lora_on_the_head_is_refused():
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
-    model = peft.get_peft_model(copy.deepcopy(find_family("qwen3_vl").model), config)
-    with pytest.raises(ConfigError, match="the adapter changes the output head"):
-        get_head(model)
 
 
 # Beside the table

@@ -12,6 +12,7 @@ products, so averaging A and B apart would follow another path than the student'
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -82,8 +83,9 @@ class _EmaFiles(Teacher):
 
     shadows: Shadows
 
+    @abstractmethod
     def _list_known(self) -> dict[str, torch.Size]:
-        raise NotImplementedError
+        """Names and shapes of what is averaged."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Teacher.state_dict`."""
