@@ -170,41 +170,6 @@ def test_resumed_run_equals_the_uninterrupted_one_tensor_for_tensor(tiny, make_r
     assert largest_difference(weights_of(whole.teacher.module), weights_of(resumed.teacher.module)) == 0.0
 
 
-def test_every_multimodal_key_reaches_both_forwards_and_no_positions_do(tiny, make_rows, tmp_path, monkeypatch):
-    trainer = make_trainer(tiny, make_rows(2), tmp_path)
-    seen = {}
-    for name, model in (("student", trainer.model), ("teacher", trainer.teacher.module)):
-        body = model.model
-
-        def record(*args, _name=name, _forward=body.forward, **kwargs):
-            seen[_name] = {key: value for key, value in kwargs.items() if value is not None}
-            return _forward(*args, **kwargs)
-
-        monkeypatch.setattr(body, "forward", record)
-    micro_batches, total = take_micro_batches(trainer, make_rows(2), 2)
-    trainer.compute_loss(trainer.model, micro_batches[0], num_items_in_batch=total)
-    needed = {"input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids"}
-    for inputs in seen.values():
-        assert needed <= inputs.keys()
-        assert "position_ids" not in inputs
-        merged = int(inputs["image_grid_thw"].prod(dim=1).sum()) // 4
-        assert int(inputs["mm_token_type_ids"].sum()) == merged
-    assert len(seen["student"]["image_grid_thw"]) == 2
-    assert len(seen["teacher"]["image_grid_thw"]) == 4
-    assert not torch.equal(trainer.model.model.rope_deltas, trainer.teacher.module.model.rope_deltas)
-
-
-def test_micro_batch_without_active_tokens_gives_zero_and_stays_attached(tiny, make_rows, tmp_path):
-    trainer = make_trainer(tiny, make_rows(2), tmp_path)
-    micro_batches, _ = take_micro_batches(trainer, make_rows(2), 2)
-    empty = micro_batches[0]
-    empty.weights_BT.zero_()
-    loss = trainer.compute_loss(trainer.model, empty, num_items_in_batch=torch.tensor(5))
-    loss.backward()
-    assert float(loss.detach()) == 0.0
-    assert all(float(p.grad.abs().max()) == 0.0 for p in trainer.model.parameters() if p.grad is not None)
-
-
 def test_planted_image_token_costs_its_row_and_not_the_run(tiny, make_rows, tmp_path, monkeypatch):
     from imagine_opd.rollout import finish_completions
 
