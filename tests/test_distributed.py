@@ -17,7 +17,6 @@ from imagine_opd.distributed import (
     count_own_rows,
     gather_figures,
     keep_fp32_results,
-    max_over_ranks,
     settle_launch,
     sum_over_ranks,
     sum_tensor_over_ranks,
@@ -131,7 +130,6 @@ def check_figures() -> dict[str, Any]:
     return {
         "sum": sum_over_ranks({"a": 1.5, "b": 2.0} if rank == 0 else {"b": 3.0, "c": 4.0}),
         "tensor": sum_tensor_over_ranks(torch.tensor([rank, 6])).tolist(),
-        "max": max_over_ranks(10 - rank),
         "gathered": gather_figures({"rank": rank}),
     }
 
@@ -257,13 +255,11 @@ def test_figures_of_all_ranks_are_joined(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert found["figures"]["sum"] == {"a": 1.5, "b": 5.0, "c": 4.0}
         assert found["figures"]["tensor"] == [1, 12]
-        assert found["figures"]["max"] == 10
         assert found["figures"]["gathered"] == [{"rank": 0}, {"rank": 1}]
 
 
 def test_one_process_is_its_own_sum() -> None:
     assert sum_over_ranks({"a": 1.5}) == {"a": 1.5}
-    assert max_over_ranks(3) == 3
     assert gather_figures("own") == ["own"]
     assert sum_tensor_over_ranks(torch.tensor([2])).tolist() == [2]
 

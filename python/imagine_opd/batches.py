@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from imagine_opd.config import ImagineOPDConfig
-from imagine_opd.distributed import max_over_ranks, sum_over_ranks
+from imagine_opd.distributed import sum_over_ranks
 from imagine_opd.errors import RowError
 from imagine_opd.evaluation import decode_completions
 from imagine_opd.leak_loss import weigh_leaks
@@ -26,7 +26,7 @@ from imagine_opd.rollout import HFEngine
 from imagine_opd.rollout.finish import join_rollouts
 from imagine_opd.rollout.sampler import mix_seed
 from imagine_opd.settings import make_privilege_config, make_sampling_config
-from imagine_opd.sharding import gather_parameters, is_sharded
+from imagine_opd.sharding import gather_parameters
 from imagine_opd.token_weights import make_token_weights
 from imagine_opd.types import PromptPair, Rollouts, Row, ViewConfig, ViewError
 
@@ -157,20 +157,13 @@ class BatchBuilder:
         """The completions of the prompts, `generation_batch_size` at a time; sharded weights are gathered once."""
         size = self.args.generation_batch_size or max(len(prompts), 1)
         calls = [slice(start, start + size) for start in range(0, len(prompts), size)]
-        sharded = is_sharded(model)
-        missing = max_over_ranks(len(calls)) - len(calls) if sharded else 0
         with (
             self.metrics.stage("rollout"),
             self.accelerator.autocast(),
             gather_parameters(model) as gathered,
         ):
-            parts = [
-                self.engine.generate(gathered, prompts[call], self.sampling, seeds[call], synced=sharded)
-                for call in calls
-            ]
-            for _ in range(missing):  # the other processes are still sampling: their collectives need this one
-                self.engine.generate(gathered, [self._find_spare()[1].student], self.sampling, 0, synced=True)
-        return join_rollouts(parts, self.engine.token_ids.pad)
+            parts = [self.engine.generate(gathered, prompts[call], self.sampling, seeds[call]) for call in calls]
+        return join_rollouts(parts, self.engine.token_ids.pad, self.accelerator.device)
 
     def _reward(self, rows: Sequence[Row], rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         """`distill_B` and `reward_advantages_B` of all completions; nothing without reward functions."""

@@ -33,11 +33,6 @@ def sum_tensor_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return total.to(tensor.device)
 
 
-def max_over_ranks(value: int) -> int:
-    """The largest over all processes."""
-    return int(max(gather_figures(value)))
-
-
 def get_place() -> tuple[int, int]:
     """(rank, number of processes)."""
     return (distributed.get_rank(), distributed.get_world_size()) if _is_several() else (0, 1)

@@ -32,6 +32,10 @@ class StepMetrics:
         self._sums[name] += total
         self._counts[name] += count
 
+    def put(self, name: str, value: float) -> None:
+        """A figure of its own moment; the log shows the last."""
+        self._sums[name], self._counts[name] = value, 1.0
+
     def add_total(self, name: str, number: float = 1.0) -> None:
         """A count; the log shows its total."""
         self._totals[name] += number

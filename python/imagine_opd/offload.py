@@ -17,6 +17,7 @@ def hold_on_cpu(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     memory that is read at each forward, so a change in place is seen by the next one.
     """
     held: dict[str, Tensor] = {}
+    device = torch.device("cpu") if device.type == "cpu" else device  # "cpu:0" is another device to `Tensor.to`
     for prefix, block in find_blocks(model):
         weights = {name: _move_to_host(parameter.data, device) for name, parameter in block.named_parameters()}
         held.update({f"{prefix}.{name}": weight for name, weight in weights.items()})

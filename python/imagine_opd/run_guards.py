@@ -71,8 +71,8 @@ class RunGuards:
     # before step 0, and later
 
     def start(self, student: Any, pairs: Sequence[PromptPair], rows: Sequence[Row]) -> None:
-        """Record the teacher and measure the probe, before anything is wrapped or trained."""
-        with self.teacher.loaded(student) as module:
+        """Record the teacher and measure the probe before the first step. `student` may be wrapped."""
+        with self.teacher.gathered(student) as module:
             self.vocabulary_size = len(get_head(module).weight_VD)
             self.record = record_teacher(module, pairs, self.builder.engine, self.args.max_completion_length)
             if self.args.probe_rows:
@@ -104,7 +104,7 @@ class RunGuards:
                 is_frozen=self.teacher.kind == "base",
             )
         for name, value in figures.items():
-            self.metrics.add_mean(name, value)
+            self.metrics.put(name, value)
 
     def measure_probe(self) -> None:
         """`gap/...` for the next log."""
@@ -118,7 +118,7 @@ class RunGuards:
             own = run_inside(model, lambda module: measure_sides(module, probe, pad_id, size, (STUDENT,)))
         split = split_privilege(means, own.get(STUDENT))
         for name, value in split.items():
-            self.metrics.add_mean(name, value)
+            self.metrics.put(name, value)
 
     # each step
 
@@ -135,7 +135,8 @@ class RunGuards:
             "completions/clipped_ratio", float(find_truncated(rollouts, self.builder.engine.token_ids).sum()), count
         )
         figures.add_mean("tag_rate", float(sum(has_answer_tag(text) for text in texts)), count)
-        figures.add_mean("loss_tokens", float(sum((batch.weights_BT > 0).sum() for batch in micro_batches)))
+        tokens = float(sum((batch.weights_BT > 0).sum() for batch in micro_batches))
+        figures.add_mean("loss_tokens", tokens, 1.0 / self.trainer.args.world_size)  # a step is one for all processes
         for reason, number in rollouts.dropped.items():
             figures.add_total(f"rows_dropped/{reason}", float(number))
         ids = rollouts.completion_ids_BT.tolist()
@@ -186,7 +187,8 @@ class RunGuards:
         self.nonfinite.note_loss(loss, batch)
         if self.trainer.accelerator.sync_gradients:
             found = self.nonfinite.settle(model, optimizer, self.trainer.state.global_step + 1)
-            self.metrics.add_total("nonfinite_steps", float(found is not None))
+            is_counted = found is not None and self.trainer.args.process_index == 0  # all processes leave it out
+            self.metrics.add_total("nonfinite_steps", float(is_counted))
 
     def explain_error(self, error: BaseException, batch: MicroBatch, plan_advice: Sequence[str] = ()) -> None:
         """Raise `DeviceMemoryError` when memory ran out in a micro-batch; else return, for the error to go on."""

@@ -75,7 +75,7 @@ def gather_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, DTensor):
         whole: torch.Tensor = tensor.full_tensor()
         return whole.detach()
-    if hasattr(tensor, "ds_id"):
+    if hasattr(tensor, "ds_id") and not is_gathered(tensor):  # leaving a second gathering would split it again
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):
@@ -119,6 +119,9 @@ def _gather_fsdp2(model: Any) -> Iterator[None]:
     model._get_fsdp_state()._lazy_init()
     # There is no public way to read what `set_reshard_after_forward` sets, and groups differ in it.
     meshes = [(group, group.post_forward_mesh_info) for module in modules for group in _fsdp_groups(module)]
+    # `transformers` has FSDP2 treat `generate` as a forward around the model's own, after which the root is split
+    # again: the next call would gather, and wait for ranks that have no next call.
+    wrapped = model.__dict__.pop("generate", None)
     try:
         for group, _ in meshes:
             group.post_forward_mesh_info = None  # stay whole after a forward
@@ -126,6 +129,8 @@ def _gather_fsdp2(model: Any) -> Iterator[None]:
             module.unshard()
         yield
     finally:
+        if wrapped is not None:
+            model.__dict__["generate"] = wrapped
         for group, mesh in meshes:
             group.post_forward_mesh_info = mesh
         for module in modules:

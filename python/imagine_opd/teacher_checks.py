@@ -20,6 +20,7 @@ from imagine_opd.kernels import TokenStats, linear_token_stats
 from imagine_opd.models import get_head
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.scoring import score_side
+from imagine_opd.sharding import gather_parameters
 from imagine_opd.teacher_kinds import HeldTeacher, Teacher
 from imagine_opd.types import Prompt, PromptPair, Rollouts
 
@@ -65,28 +66,30 @@ def check_teacher(
 ) -> TeacherReport:
     """Run the start-up checks on a few rows. Raises `TeacherError`; trains nothing and leaves the random state alone.
 
-    `expect_identical`: teacher and student hold the same weights now, so under one view they must agree.
+    student: as it is, or wrapped and split over the processes: all of them call this then, and weights are whole on
+        each while it runs, one side's at a time.
+    expect_identical: teacher and student hold the same weights now, so under one view they must agree.
     """
     teacher = HeldTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
-    for pair in pairs:
-        refuse_blind_prompt(pair.student, "student", student)
-    with teacher.loaded(student) as module:
-        size = len(get_head(module).weight_VD)
-        for pair in pairs:
-            refuse_blind_prompt(pair.teacher, "teacher", module)
     pad_id = engine.token_ids.pad
     was_training = student.training
     student.eval()
     greedy = SamplingConfig(sampling.max_completion_length, temperature=0.0)
     try:
-        rollout_drift = measure_rollout_drift(student, [pair.student for pair in pairs], engine, sampling, seed)
-        with teacher.loaded(student) as module:
+        with gather_parameters(student) as whole:
+            for pair in pairs:
+                refuse_blind_prompt(pair.student, "student", whole)
+            rollout_drift = measure_rollout_drift(whole, [pair.student for pair in pairs], engine, sampling, seed)
+        with teacher.gathered(student) as module:
+            size = len(get_head(module).weight_VD)
+            for pair in pairs:
+                refuse_blind_prompt(pair.teacher, "teacher", module)
             own = engine.generate(module, [pair.teacher for pair in pairs], greedy)
-        if not own.completion_mask_BT.any():
-            raise TeacherError(f"the teacher wrote nothing for {len(pairs)} probe rows: its first token is an end")
+            if not own.completion_mask_BT.any():
+                raise TeacherError(f"the teacher wrote nothing for {len(pairs)} probe rows: its first token is an end")
+            entropy = _mean_entropy(module, pairs, own, pad_id)
         seen = _score_views(student, teacher, pairs, own, pad_id, "teacher")
         same = _score_views(student, teacher, pairs, own, pad_id, "student")
-        entropy = _mean_teacher_entropy(student, teacher, pairs, own, pad_id)
     finally:
         student.train(was_training)
     report = TeacherReport(
@@ -174,25 +177,22 @@ def _score_views(
 ) -> TokenStats:
     """Both sides at the completions' tokens: the student under its own view, the teacher under the one named."""
     mask_BT = rollouts.completion_mask_BT
+    prompts = [getattr(pair, teacher_view) for pair in pairs]
     with torch.no_grad():
-        with teacher.loaded(student) as module:
-            teacher_hidden_ND = score_side(
-                module, [getattr(pair, teacher_view) for pair in pairs], rollouts, mask_BT, pad_id
-            )
-        student_hidden_ND = score_side(student, [pair.student for pair in pairs], rollouts, mask_BT, pad_id)
-        ids_N = rollouts.completion_ids_BT[mask_BT]
-        with teacher.open_head(student) as head:
-            return linear_token_stats(student_hidden_ND, get_head(student), teacher_hidden_ND, head, ids_N)
+        with teacher.gathered(student) as module:
+            teacher_hidden_ND = score_side(module, prompts, rollouts, mask_BT, pad_id)
+        with gather_parameters(student) as whole, teacher.open_head(student) as head:
+            student_hidden_ND = score_side(whole, [pair.student for pair in pairs], rollouts, mask_BT, pad_id)
+            ids_N = rollouts.completion_ids_BT[mask_BT]
+            return linear_token_stats(student_hidden_ND, get_head(whole), teacher_hidden_ND, head, ids_N)
 
 
-def _mean_teacher_entropy(
-    student: Any, teacher: Teacher, pairs: Sequence[PromptPair], rollouts: Rollouts, pad_id: int
-) -> float:
+def _mean_entropy(teacher: Any, pairs: Sequence[PromptPair], rollouts: Rollouts, pad_id: int) -> float:
     mask_BT = rollouts.completion_mask_BT
-    with torch.no_grad(), teacher.loaded(student) as module:
-        hidden_ND = score_side(module, [pair.teacher for pair in pairs], rollouts, mask_BT, pad_id)
+    with torch.no_grad():
+        hidden_ND = score_side(teacher, [pair.teacher for pair in pairs], rollouts, mask_BT, pad_id)
         ids_N = rollouts.completion_ids_BT[mask_BT]
-        stats = linear_token_stats(hidden_ND, get_head(module), None, None, ids_N)
+        stats = linear_token_stats(hidden_ND, get_head(teacher), None, None, ids_N)
     return float(stats.entropy_N.mean())
 
 

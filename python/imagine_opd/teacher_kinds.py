@@ -22,7 +22,7 @@ from imagine_opd.merging import get_base, has_no_effect
 from imagine_opd.models import describe_head, find_head
 from imagine_opd.offload import hold_on_cpu
 from imagine_opd.peft_models import adapters_off, find_adapter_layers
-from imagine_opd.sharding import gather_full_tensor, is_gathered, unwrap_parallel
+from imagine_opd.sharding import gather_full_tensor, gather_parameters, is_gathered, unwrap_parallel
 from imagine_opd.student import open_forward, paused
 
 TEACHER_FILE = "teacher.json"
@@ -51,6 +51,19 @@ class Teacher(ABC):
         The student's modes, adapters and the random state are put back exactly afterwards, also after an error.
         Forwards of body and head belong into `run` wherever the model may be sharded.
         """
+
+    def find_owner(self, student: nn.Module) -> Any:
+        """The model, wrapped as it may be, whose weights the teacher's forward reads."""
+        return student
+
+    @contextmanager
+    def gathered(self, student: nn.Module) -> Iterator[Any]:
+        """As `loaded`, with whole weights on every process, to generate with and to read: outside of `run`.
+
+        All processes enter and leave together; weights that are not split are left as they are.
+        """
+        with gather_parameters(self.find_owner(student)), self.loaded(student) as module:
+            yield unwrap_parallel(module)
 
     def run(self, student: nn.Module, function: Callable[[Any], Result]) -> Result:
         """`function(module)` inside the module's forward, with the module as in `loaded`.
@@ -176,6 +189,10 @@ class HeldTeacher(Teacher):
         """See `Teacher.loaded`: the teacher's own module."""
         with paused(self.module):
             yield self.module
+
+    def find_owner(self, student: nn.Module) -> Any:
+        """See `Teacher.find_owner`: the teacher's own module."""
+        return self.module
 
     def prepare(self, device: torch.device, shard: Callable[[Any], Any] | None = None) -> None:
         """See `Teacher.prepare`. Weights in host memory are not split: each process holds them."""

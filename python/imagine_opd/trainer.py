@@ -121,6 +121,7 @@ class ImagineOPDTrainer(SafeSaving):
         self.teacher_report: TeacherReport | None = None
         self.step_metrics = StepMetrics(torch.cuda.synchronize if args.device.type == "cuda" else lambda: None)
         self._messages: set[str] = set()
+        self._checks_wait = False
         super().__init__(
             model=open_forward(student),
             args=args,
@@ -132,7 +133,8 @@ class ImagineOPDTrainer(SafeSaving):
             optimizers=optimizers,
         )
         keep_fp32_results(self.accelerator)
-        self.teacher.prepare(args.device)
+        if self.place_model_on_device:  # else the student is not there yet either: it may be split first
+            self.teacher.prepare(args.device)
         self.saved_parts.append(self.teacher)
         self.add_callback(TeacherUpdateCallback(self.teacher))
         if self.teacher.kind != "base":
@@ -283,38 +285,47 @@ class ImagineOPDTrainer(SafeSaving):
         checkpoint = self.open_checkpoint(resume_from_checkpoint)
         if self.run_plan is not None and self.is_world_process_zero():
             self.say_once(self.run_plan.describe())
-        if self.args.teacher_checks:
+        # A checkpoint's weights are loaded, and a split model brought to its device, while training is prepared.
+        self._checks_wait = checkpoint is not None or not self.place_model_on_device
+        if self.args.teacher_checks and not self._checks_wait:
             self.run_teacher_checks()
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if is_sharded(self.model_wrapped):
-            self.teacher.prepare(self.args.device, lambda module: shard_like(module, self.model_wrapped))
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        splits = is_sharded(self.model_wrapped)
+        self.teacher.prepare(
+            self.args.device, (lambda module: shard_like(module, self.model_wrapped)) if splits else None
+        )
+        if self.args.teacher_checks and self._checks_wait:
+            self.run_teacher_checks(is_resumed=resume_from_checkpoint is not None)
         return prepared
 
-    def run_teacher_checks(self) -> TeacherReport:
-        """The start-up checks of `imagine_opd.teacher_checks` on the first rows; raises `TeacherError`."""
+    def run_teacher_checks(self, is_resumed: bool = False) -> TeacherReport:
+        """The start-up checks of `imagine_opd.teacher_checks` on the first rows; raises `TeacherError`.
+
+        is_resumed: student, or an `ema` teacher, has moved since step 0, so they need not agree under one view.
+        """
         count = min(self.args.teacher_check_rows, len(self.train_dataset))
         pairs = [
             pair for pair in self.builder.build_pairs([self.train_dataset[i] for i in range(count)]) if pair is not None
         ]
         if not pairs:
             raise RowError(f"none of the first {count} rows can be used; see the messages above")
-        with self.accelerator.autocast(), gather_parameters(self.model_wrapped) as student:
+        with self.accelerator.autocast():
             self.teacher_report = check_teacher(
-                student,
+                self.model_wrapped,
                 self.teacher,
                 pairs,
                 self.engine,
                 self.builder.sampling,
                 self.args.seed,
-                self.teacher.equals_student,
+                self.teacher.equals_student and not is_resumed,
             )
             self.step_metrics.clear()  # what the probe rows cost is not the first step's
-            self.guards.start(student, pairs, [self.train_dataset[i] for i in range(count)])
+            self.guards.start(self.model_wrapped, pairs, [self.train_dataset[i] for i in range(count)])
         for name, value in self.teacher_report.as_metrics().items():
-            self.step_metrics.add_mean(name, value)
+            self.step_metrics.put(name, value)
         if self.teacher_report.privilege_gap <= 0:
             self.say_once(
                 f"the teacher gains nothing from its view (privilege gap {self.teacher_report.privilege_gap:.4f} nats "

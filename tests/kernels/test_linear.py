@@ -122,7 +122,9 @@ def test_single_row_and_single_token_vocabulary(arguments: dict[str, Any], backe
     answer = run(make_case(rows=3, vocabulary=1), backend, **arguments)
     for name in ("student_logprob_N", "teacher_logprob_N", "reverse_kl_N", "entropy_N"):
         assert not answer.values[name].any(), name
-    assert all(gradient.abs().max() <= 1e-6 for gradient in answer.gradients.values())
+    # The one token's probability is 1 but for the rounding of its logit, which two passes may sum in another order.
+    for name, gradient in answer.gradients.items():
+        assert gradient.abs().max() <= 4 * TOLERANCE[torch.float32], name
 
 
 @ways

@@ -41,10 +41,10 @@ def find_truncated(rollouts: Rollouts, token_ids: TokenIds) -> torch.Tensor:
     return ~ended_B & rollouts.completion_mask_BT.any(dim=1)
 
 
-def join_rollouts(parts: Sequence[Rollouts], pad_id: int) -> Rollouts:
-    """Several batches of rollouts as one, padded to the longest; of none, one without rows."""
+def join_rollouts(parts: Sequence[Rollouts], pad_id: int, device: torch.device) -> Rollouts:
+    """Several batches of rollouts as one, padded to the longest; of none, one without rows on `device`."""
     if not parts:
-        ids_BT = torch.zeros(0, 1, dtype=torch.long)
+        ids_BT = torch.zeros(0, 1, dtype=torch.long, device=device)
         return Rollouts(ids_BT, ids_BT.bool(), ids_BT.float())
     longest = max(part.completion_ids_BT.shape[1] for part in parts)
     columns: list[torch.Tensor] = []

@@ -30,21 +30,19 @@ class HFEngine:
         prompts: Sequence[Prompt],
         sampling: SamplingConfig,
         seed: int | Sequence[int] | None = None,
-        synced: bool = False,
     ) -> Rollouts:
         """One completion per prompt; the caller's random state is neither read nor changed with a `seed`.
 
         seed: one number a completion, or one for all, from which each takes its own. `None`: drawn from torch's
             random state. A completion depends on its prompt and its seed, not on the batch around it.
-        synced: every process calls `generate` now and goes on until all have ended, as sharded weights need.
         """
         device = get_device(model)
         inputs = fit_inputs(model, pad_prompts(prompts, self.token_ids.pad, device))
         uniforms_BT = None
         if sampling.temperature > 0.0:
             start = int(torch.randint(2**62, ()).item()) if seed is None else seed
-            uniforms_BT = draw_uniforms(start, len(prompts), sampling.max_completion_length)
-        sampler = SeededSampler(self.token_ids.vision, sampling, uniforms_BT)
+            uniforms_BT = draw_uniforms(start, len(prompts), sampling.max_completion_length).to(device)
+        sampler = SeededSampler(torch.tensor(self.token_ids.vision, device=device), sampling, uniforms_BT)
         was_training = model.training
         model.eval()
         try:
@@ -53,7 +51,7 @@ class HFEngine:
                     **inputs,
                     generation_config=self._generation_config(sampling),
                     logits_processor=LogitsProcessorList([sampler]),
-                    synced_gpus=synced,
+                    synced_gpus=False,  # sharded weights are gathered around this call (`sharding.gather_parameters`)
                 )
         finally:
             model.train(was_training)

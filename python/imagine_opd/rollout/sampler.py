@@ -77,8 +77,9 @@ class SeededSampler(LogitsProcessor):
     the ratio of a fresh sample is 1. (A repetition penalty comes before this; the config refuses it in `full` mode.)
     """
 
-    def __init__(self, banned: Sequence[int], sampling: SamplingConfig, uniforms_BT: torch.Tensor | None) -> None:
-        self.banned = list(banned)
+    def __init__(self, banned: torch.Tensor, sampling: SamplingConfig, uniforms_BT: torch.Tensor | None) -> None:
+        # Both on the scores' device: a copy from the host at each token would wait for the device.
+        self.banned = banned
         self.temperature = sampling.temperature or 1.0
         self.uniforms_BT = uniforms_BT
         self.logprobs: list[torch.Tensor] = []
@@ -89,15 +90,13 @@ class SeededSampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores_BV = scores.float() / self.temperature
-        allowed_BV = scores_BV
-        if self.banned:
-            allowed_BV = scores_BV.index_fill(1, torch.tensor(self.banned, device=scores.device), -torch.inf)
+        allowed_BV = scores_BV.index_fill(1, self.banned, -torch.inf)
         if self.uniforms_BT is None:
             picked_B = allowed_BV.argmax(dim=1)
         else:
             for warper in self.warpers:
                 allowed_BV = warper(input_ids, allowed_BV)
-            picked_B = pick_tokens(allowed_BV, self.uniforms_BT[:, len(self.logprobs)].to(scores.device))
+            picked_B = pick_tokens(allowed_BV, self.uniforms_BT[:, len(self.logprobs)])
         self.logprobs.append(scores_BV.gather(1, picked_B[:, None])[:, 0] - scores_BV.logsumexp(dim=1))
         return torch.full_like(scores, -torch.inf).scatter_(1, picked_B[:, None], 0.0)
 
