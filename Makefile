@@ -34,8 +34,8 @@ $(READY): pyproject.toml $(RUST_SOURCES)
 demo: setup  ## Watch a vision-language model learn to see fine detail (a few minutes on 2 cores)
 	$(BIN)/imagine-opd demo --output demo
 
-test: setup  ## Run the tests
-	$(BIN)/python -m pytest
+test: setup  ## Run the tests, on up to four cores at once
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 slow: setup  ## Run the tests that take over 30 s: runs killed at random moments, the GPU suite's dry run
 	$(BIN)/python -m pytest -m slow
