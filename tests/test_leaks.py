@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from imagine_opd.leak_loss import unlikelihood, weigh_leaks
+from imagine_opd.leak_loss import unlikelihood
 from imagine_opd.leaks import collect_private_ngrams, find_leaks, mask_leaks
 
 
@@ -80,13 +80,8 @@ def test_token_mask_equals_the_characters_overlap_at_every_cut():
         assert mask_leaks(range(len(pieces)), spans, decode) == expected
 
 
-def test_masked_leaks_have_no_weight_and_the_rest_keeps_its_own():
-    weights_BT = torch.tensor([[1.0, 0.5, 2.0], [1.0, 1.0, 0.0]])
-    leaked_BT = torch.tensor([[False, True, False], [True, False, False]])
-    weighed = weigh_leaks(weights_BT, leaked_BT, "mask")
-    assert weighed.tolist() == [[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]
-    for action in ("none", "unlikelihood"):
-        assert torch.equal(weigh_leaks(weights_BT, leaked_BT, action), weights_BT)
+def test_a_number_of_thousands_of_digits_is_no_image():
+    assert find_leaks("image " + "1" * 5000).spans == ()
 
 
 def test_unlikelihood_is_minus_log_of_the_rest_with_a_floor():

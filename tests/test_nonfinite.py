@@ -14,10 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from imagine_opd import nonfinite
 from imagine_opd.errors import DivergenceError, ImagineError
 from imagine_opd.nonfinite import BatchDump, NonfiniteGuard, describe_micro_batch, find_bad_gradient, skip_next_step
 from imagine_opd.types import Prompt, PromptPair, Rollouts, Row
@@ -183,6 +185,17 @@ def test_full_disk_is_said_and_the_run_goes_on(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 6
     assert trainer.said[0].startswith("the batch of step 2 could not be written to")
+
+
+def test_tensors_that_cannot_be_written_are_said_and_the_run_goes_on(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(nonfinite, "save_file", fail)
+    trainer = make_trainer(tmp_path, {2: "loss"})
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert "No space left on device" in trainer.said[0]
     names = "first.weight, first.bias, last.weight, last.bias"
     assert trainer.said[1] == f"step 2: the loss is not finite in {names} (left out)"
 
@@ -210,8 +223,8 @@ def make_scaled(scale: float):
     return model, scaler, optimizer, accelerator
 
 
-def run_scaled_step(parts, guard, spoil: str | None = None):
-    """One step as the Trainer runs it: backward, settle, unscale, clip, step."""
+def run_scaled_step(parts, guard, spoil: str | None = None, clips: bool = True):
+    """One step as the Trainer runs it: backward, settle, unscale and clip where it clips, step."""
     model, scaler, optimizer, _ = parts
     optimizer.gradient_state._set_sync_gradients(True)
     optimizer.zero_grad()
@@ -221,8 +234,9 @@ def run_scaled_step(parts, guard, spoil: str | None = None):
         model.last.bias.grad[0] = float("inf")
     guard.note_loss(torch.tensor(float("nan")) if spoil == "loss" else loss, None)
     found = guard.settle(model, optimizer, 1)
-    scaler.unscale_(optimizer.optimizer)
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if clips:
+        scaler.unscale_(optimizer.optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return found
 
@@ -242,16 +256,18 @@ def test_overflow_of_the_scaled_gradient_is_left_to_the_scaler(tmp_path):
     assert not torch.equal(before, model.first.weight)
 
 
-def test_with_a_scaler_a_bad_loss_is_left_out_and_the_next_step_is_sound(tmp_path):
+@pytest.mark.parametrize("clips", [True, False])
+def test_with_a_scaler_a_bad_loss_is_left_out_and_the_next_step_is_sound(tmp_path, clips):
     parts = make_scaled(8.0)
-    model, _scaler, optimizer, accelerator = parts
+    model, scaler, optimizer, accelerator = parts
     guard = NonfiniteGuard(accelerator, tmp_path, 3, lambda batch: BatchDump((), {}), print)
     before = model.first.weight.detach().clone()
     for _ in range(2):
-        assert run_scaled_step(parts, guard, "loss").source == "loss"
+        assert run_scaled_step(parts, guard, "loss", clips).source == "loss"
         assert optimizer.step_was_skipped
+    assert scaler.get_scale() == 2.0
     assert torch.equal(before, model.first.weight)
-    assert run_scaled_step(parts, guard) is None
+    assert run_scaled_step(parts, guard, clips=clips) is None
     assert not optimizer.step_was_skipped
     assert not torch.equal(before, model.first.weight)
 

@@ -10,7 +10,7 @@ import torch
 
 from imagine_opd.models import read_token_ids
 from imagine_opd.privilege import PrivilegeConfig, show_student
-from imagine_opd.privilege_probe import build_probe, decode_traces, measure_privilege_split, put_answers
+from imagine_opd.privilege_probe import build_probe, decode_traces, measure_sides, put_answers, split_privilege
 from imagine_opd.rollout import HFEngine
 from imagine_opd.types import Rollouts
 
@@ -38,6 +38,11 @@ def plain_logprob(tiny, prompt, ids: list[int]) -> list[float]:
     logprobs = logits.log_softmax(-1)
     start = len(prompt.input_ids)
     return [float(logprobs[start + place - 1, token]) for place, token in enumerate(ids)]
+
+
+def measure_privilege_split(teacher, probe, pad_id, batch_size=8, student=None):
+    own = {} if student is None else measure_sides(student, probe, pad_id, batch_size, ("student",))
+    return split_privilege(measure_sides(teacher, probe, pad_id, batch_size), own.get("student"))
 
 
 def test_gap_is_the_mean_difference_of_the_answers_log_probs(tiny, make_rows):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 
 from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.errors import ConfigError, RowError
-from imagine_opd.privilege import PrivilegeConfig, build_prompts
-from imagine_opd.prompts import build_prompt, count_image_tokens, format_question
-from imagine_opd.types import Row
+from imagine_opd.privilege import PrivilegeConfig, build_pairs, build_prompts
+from imagine_opd.prompts import build_prompt, format_question
+from imagine_opd.types import PromptPair, Row, SideView
 from imagine_opd.views import make_views
 
 TEMPLATE = TINY_RECIPE["student_prompt_template"]
@@ -21,8 +22,8 @@ def test_teacher_prompt_is_the_students_plus_the_crop(tiny, make_rows):
     views = make_views([row], tiny.view_config)[0]
     pair = build_prompts(row, views, tiny.processor, PrivilegeConfig(TEMPLATE, TEMPLATE))
     image_id = tiny.processor.tokenizer.convert_tokens_to_ids(tiny.processor.image_token)
-    assert count_image_tokens(pair.student.view, tiny.processor) == [9]
-    assert count_image_tokens(pair.teacher.view, tiny.processor) == [9, 4]
+    assert pair.student.image_tokens == (9,)
+    assert pair.teacher.image_tokens == (9, 4)
     assert pair.student.input_ids.count(image_id) == sum(pair.student.mm_token_type_ids) == 9
     assert pair.teacher.input_ids.count(image_id) == sum(pair.teacher.mm_token_type_ids) == 13
     assert pair.student.input_ids[-8:] == pair.teacher.input_ids[-8:]
@@ -65,6 +66,20 @@ def test_placeholder_in_the_question_is_refused(tiny, make_rows):
     views = make_views([bad], tiny.view_config)[0]
     with pytest.raises(RowError, match="rows.jsonl:9: the text contains the image placeholder"):
         build_prompt(bad, views.student, tiny.processor, TEMPLATE)
+
+
+def test_placeholder_in_a_hint_leaves_its_row_out_and_no_other(tiny, make_rows):
+    rows = make_rows(3)
+    text = f"see {tiny.processor.image_token}"
+    rows[1] = dataclasses.replace(rows[1], hint=text, source="rows.jsonl:2")
+    told = lambda row: SideView(row.images, hint=text if row is rows[2] else "")  # noqa: E731
+    first, second, third = build_pairs(
+        rows, tiny.processor, tiny.view_config, PrivilegeConfig(TEMPLATE, TEMPLATE), teacher_view=told
+    )
+    assert isinstance(first, PromptPair)
+    for found in (second, third):
+        assert found.reason == "text"
+        assert "the text contains the image placeholder" in found.message
 
 
 def test_template_that_loses_an_image_is_refused(tiny, make_rows):

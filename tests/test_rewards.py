@@ -97,6 +97,14 @@ def test_loss_is_the_teachers_for_failures_and_the_rewards_policy_gradient(tiny,
     assert figures["reward/failures"] == pytest.approx(2 / 3)
 
 
+def test_completions_without_a_reward_are_no_failures(tiny, make_rows, tmp_path):
+    rows = make_rows(2)
+    pays = lambda rows, texts: [1.0, 0.0, None, None, 1.0, 1.0]  # noqa: E731
+    trainer = make_trainer(tiny, rows, tmp_path, pays, distill_failures_only=True)
+    trainer.builder.build(trainer.model, [rows], 0)
+    assert trainer.step_metrics.drain()["reward/failures"] == pytest.approx(1 / 4)
+
+
 def batch_without_rewards(batch):
     import dataclasses
 

@@ -15,6 +15,7 @@ from imagine_opd.config import build_config
 from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.errors import ConfigError, DeviceMemoryError, DivergenceError, TeacherError
 from imagine_opd.trainer import ImagineOPDTrainer
+from imagine_opd.types import SideView
 
 RUN = {
     **TINY_RECIPE,
@@ -69,6 +70,38 @@ def test_every_figure_is_in_the_log_and_the_start_has_the_probe(make_trainer):
     assert {"gap/views", "gap/student"} <= second.keys()
     assert second["gap/student"] != 0.0
     assert "teacher/change" not in third
+
+
+def test_probe_has_rows_of_its_own_and_the_students_own_view(tiny, make_rows, tmp_path):
+    rows = make_rows(6)
+    fields = {**RUN, "teacher_check_rows": 1, "probe_rows": 5, "max_steps": 1}
+    blank = lambda row: SideView(row.images, hint=" ( no hint )")  # noqa: E731
+    trainer = ImagineOPDTrainer(
+        copy.deepcopy(tiny.model),
+        build_config(tmp_path / "run", fields),
+        rows,
+        processor=tiny.processor,
+        student_view=blank,
+    )
+    trainer.train()
+    prompts = trainer.guards.probe.prompts["student"]
+    assert len(prompts) == 5
+    assert all("( no hint )" in prompt.text for prompt in prompts)
+    assert trainer.teacher_report.rows == 1
+
+
+@pytest.mark.parametrize(("steps", "is_measured"), [(0, False), (1, True)])
+def test_probe_without_teacher_checks_runs_where_its_steps_are_set(make_trainer, steps, is_measured):
+    trainer = make_trainer(teacher_checks=False, probe_steps=steps, max_steps=1)
+    trainer.train()
+    assert ("gap/views" in read_metrics(trainer)[0]) == is_measured
+
+
+def test_training_twice_expects_no_student_that_equals_its_teacher(make_trainer):
+    trainer = make_trainer(max_steps=1, learning_rate=0.05)
+    trainer.train()
+    trainer.train()
+    assert trainer.teacher_report.identical_view_drift > 1e-3
 
 
 def test_no_callback_is_added_twice(make_trainer):

@@ -5,11 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from imagine_opd.config.rollout import SHAPING_KWARGS
 from imagine_opd.models import read_token_ids
 from imagine_opd.prompts import build_prompt
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.rollout.sampler import SeededSampler, draw_uniforms, mix_seed, pick_tokens
+from imagine_opd.teacher_checks import measure_rollout_drift
 from imagine_opd.views import make_views
+
+
+def make_sampler(sampling: SamplingConfig, uniforms_BT: torch.Tensor | None) -> SeededSampler:
+    return SeededSampler((), (), sampling, uniforms_BT, torch.device("cpu"))
 
 
 def test_tokens_come_as_often_as_their_probability():
@@ -52,7 +58,7 @@ def test_top_k_top_p_and_min_p_leave_the_tokens_they_should_and_the_logprob_as_i
     ):
         seen = set()
         for number in numbers:
-            sampler = SeededSampler([], SamplingConfig(1, 1.0, **fields), number.reshape(1, 1))
+            sampler = make_sampler(SamplingConfig(1, 1.0, **fields), number.reshape(1, 1))
             picked = int(sampler(torch.zeros(1, 1, dtype=torch.long), scores).argmax())
             seen.add(picked)
             expected = float(scores.log_softmax(1)[0, picked])
@@ -64,8 +70,55 @@ def test_sampling_fields_in_generation_kwargs_are_applied():
     scores = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     sampling = SamplingConfig(1, 1.0, generation_kwargs={"epsilon_cutoff": 0.1})
     last = torch.tensor([[0.999]], dtype=torch.float64)
-    assert int(SeededSampler([], sampling, last)(torch.zeros(1, 1, dtype=torch.long), scores).argmax()) == 1
-    assert int(SeededSampler([], SamplingConfig(1), last)(torch.zeros(1, 1, dtype=torch.long), scores).argmax()) == 3
+    assert int(make_sampler(sampling, last)(torch.zeros(1, 1, dtype=torch.long), scores).argmax()) == 1
+    assert int(make_sampler(SamplingConfig(1), last)(torch.zeros(1, 1, dtype=torch.long), scores).argmax()) == 3
+
+
+SHAPED = (
+    SamplingConfig(18, 1.5, repetition_penalty=1.4),
+    SamplingConfig(18, 1.5, generation_kwargs={"no_repeat_ngram_size": 2}),
+    SamplingConfig(18, 1.5, generation_kwargs={"min_new_tokens": 18}),
+    SamplingConfig(18, 1.5, generation_kwargs={"suppress_tokens": [22, 23, 24, 25]}),
+    SamplingConfig(18, 1.5, generation_kwargs={"typical_p": 0.5}),
+)
+
+
+@pytest.mark.parametrize("sampling", SHAPED, ids=["penalty", "ngrams", "least length", "suppressed", "typical"])
+def test_whatever_shapes_the_draw_the_log_prob_is_the_one_that_is_scored(tiny, make_rows, sampling):
+    rows = make_rows(4)
+    prompts = [
+        build_prompt(row, views.student, tiny.processor, "{question}")
+        for row, views in zip(rows, make_views(rows, tiny.view_config), strict=True)
+    ]
+    engine = HFEngine(read_token_ids(tiny.model, tiny.processor))
+    assert measure_rollout_drift(tiny.model, prompts, engine, sampling, 3) < 1e-4
+    plain, shaped = (
+        engine.generate(tiny.model, prompts, each, 3).completion_ids_BT.tolist()
+        for each in (SamplingConfig(18, 1.5), sampling)
+    )
+    assert plain != shaped
+
+
+def test_config_and_sampler_know_the_same_shaping_fields():
+    here = {name for name in SHAPING_KWARGS if is_applied(name)}
+    assert here == SHAPING_KWARGS
+
+
+def is_applied(name: str) -> bool:
+    """Whether the field changes which token is drawn from these scores."""
+    value = {
+        "typical_p": 0.05,
+        "epsilon_cutoff": 0.9,
+        "eta_cutoff": 0.9,
+        "no_repeat_ngram_size": 1,
+        "min_new_tokens": 1,
+        "suppress_tokens": [3],
+    }[name]
+    ids, scores = torch.tensor([[3]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    last = torch.tensor([[1 - 2**-53]], dtype=torch.float64)
+    sampling = SamplingConfig(1, 1.0, generation_kwargs={name: value})
+    sampler = SeededSampler((), (3,), sampling, last, torch.device("cpu"))
+    return int(sampler(ids, scores).argmax()) != 3
 
 
 def test_completion_does_not_depend_on_the_batch_around_it(tiny, make_rows):

@@ -50,6 +50,15 @@ def test_weights_by_hand(fields, expected):
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
 
 
+def test_masked_tokens_leave_the_mean_of_their_completion():
+    rollouts = make_rollouts()
+    masked_BT = torch.zeros_like(rollouts.completion_mask_BT)
+    masked_BT[0, 1] = masked_BT[2, :2] = True
+    weights = make_token_weights(rollouts, IDS, ObjectiveFields(loss_aggregation="sequence_mean"), masked_BT)
+    expected = [[1 / 3, 0, 1 / 3, 1 / 3, 0], [0.2] * 5, [0] * 5, [0] * 5]
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
+
+
 def test_no_completion_at_all_gives_no_weights():
     empty = Rollouts(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, 1))
     weights = make_token_weights(empty, IDS, ObjectiveFields(loss_aggregation="sequence_mean", truncated_weight=0.5))

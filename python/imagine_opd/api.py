@@ -94,8 +94,6 @@ def train(
     `OutputError`, each also the standard-library error it is; and `RunStoppedError`, a `SystemExit`, when SIGTERM or
     SIGINT stopped the run: a checkpoint of the step is then saved.
     """
-    if isinstance(teacher_view, str):
-        config["teacher_view"] = teacher_view
     trainer, resume = prepare_run(
         model,
         data,
@@ -107,12 +105,12 @@ def train(
         config,
         peft_config=peft_config,
         student_view=student_view,
-        teacher_view=None if isinstance(teacher_view, str) else teacher_view,
+        teacher_view=teacher_view,
         reward_funcs=reward_funcs,
     )
     if dry_run:
         if resume is not None:
-            trainer.teacher.load(resume)
+            trainer.load_weights(resume)
         explanation = show_explanation(trainer, 0, Path(trainer.args.output_dir, EXPLAIN_FILE))
         return TrainResult(
             Path(trainer.args.output_dir), trainer.model, trainer.processor, dict(explanation.teacher_checks), 0
@@ -142,14 +140,33 @@ def explain_row(
     eval_data: Any = None,
     teacher: Any = None,
     resume_from_checkpoint: str | Path | bool | None = None,
+    peft_config: Any = None,
+    student_view: ViewFunction | None = None,
+    teacher_view: ViewFunction | str | None = None,
+    reward_funcs: Any = None,
     **config: Any,
 ) -> Explanation:
     """Prepare a run as `train` does, print what becomes of one row in it, and write it to `html` where given.
 
-    `row` counts the usable rows from 0. Nothing is trained. Raises what `train` raises; a failed teacher check is
-    raised after the explanation is out.
+    `row` counts the usable rows from 0; with `resume_from_checkpoint` it is what the checkpoint's weights make of it.
+    Nothing is trained. Raises what `train` raises; a failed teacher check is raised after the explanation is out.
     """
-    trainer, _ = prepare_run(model, data, output_dir, processor, eval_data, teacher, resume_from_checkpoint, config)
+    trainer, resume = prepare_run(
+        model,
+        data,
+        output_dir,
+        processor,
+        eval_data,
+        teacher,
+        resume_from_checkpoint,
+        config,
+        peft_config=peft_config,
+        student_view=student_view,
+        teacher_view=teacher_view,
+        reward_funcs=reward_funcs,
+    )
+    if resume is not None:
+        trainer.load_weights(resume)
     return show_explanation(trainer, row, None if html is None else Path(html))
 
 
@@ -182,6 +199,8 @@ def prepare_run(
 
     `parts`: more arguments of `ImagineOPDTrainer`.
     """
+    if isinstance(parts.get("teacher_view"), str):
+        config = {**config, "teacher_view": parts.pop("teacher_view")}
     args = build_config(output_dir, {**load_recipe(model), **config})
     refuse_unwritable(Path(args.output_dir))
     resume = find_checkpoint(resume_from_checkpoint, Path(args.output_dir))
@@ -294,19 +313,19 @@ def report_missing(rows: Sequence[Row], args: ImagineOPDConfig) -> None:
             print(f"{without} of {len(rows)} rows have no '{name}': {what}")
 
 
-def refuse_unwritable(folder: Path) -> None:
-    """Raise `OutputError` unless files can be written in `folder`; nothing is left behind."""
+def refuse_unwritable(folder: Path, name: str = "output_dir") -> None:
+    """Raise `OutputError` unless files can be written in `folder`, the user's `name`; nothing is left behind."""
     existing = folder
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise OutputError(f"output_dir {str(folder)!r}: {str(existing)!r} is a file; choose another folder")
+        raise OutputError(f"{name} {str(folder)!r}: {str(existing)!r} is a file; choose another folder")
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise OutputError(
-            f"output_dir {str(folder)!r} is not writable ({os.strerror(error.errno or 0)}); choose another folder"
+            f"{name} {str(folder)!r} is not writable ({os.strerror(error.errno or 0)}); choose another folder"
         ) from error
 
 

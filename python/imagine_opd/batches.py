@@ -17,7 +17,6 @@ from imagine_opd.config import ImagineOPDConfig
 from imagine_opd.distributed import sum_over_ranks
 from imagine_opd.errors import RowError
 from imagine_opd.evaluation import decode_completions
-from imagine_opd.leak_loss import weigh_leaks
 from imagine_opd.leak_meter import LeakMeter
 from imagine_opd.metrics import StepMetrics
 from imagine_opd.privilege import ViewFunction, build_pairs
@@ -106,9 +105,9 @@ class BatchBuilder:
         self._refuse_empty_steps(len(prompts))
         rollouts = self.sample(model, prompts, seeds)
         leaked_BT = self.leak_meter.mark([pair for pair in pairs if pair for _ in range(copies)], rollouts)
-        weights_BT = make_token_weights(rollouts, self.engine.token_ids, self.args)
+        masked_BT = leaked_BT if self.args.leak_action == "mask" else None
+        weights_BT = make_token_weights(rollouts, self.engine.token_ids, self.args, masked_BT)
         distill_B, advantages_B = self._reward([rows[index] for index in kept for _ in range(copies)], rollouts)
-        weights_BT = weigh_leaks(weights_BT, leaked_BT, self.args.leak_action)
         unlikely_BT = leaked_BT if self.args.leak_action == "unlikelihood" else None
         micro_batches, start, begin = [], 0, 0
         for batch in batches:
@@ -179,7 +178,7 @@ class BatchBuilder:
         won_B = rewards_B >= self.args.success_reward  # false for NaN
         distill_B = torch.where(won_B & self.args.distill_failures_only, 0.0, 1.0)
         if self.args.distill_failures_only:
-            self.metrics.add_mean("reward/failures", float((~won_B).sum()), len(won_B))
+            self.metrics.add_mean("reward/failures", float((known_B < self.args.success_reward).sum()), len(known_B))
         device = rollouts.completion_ids_BT.device
         return distill_B.to(device), advantages_B.to(device)
 

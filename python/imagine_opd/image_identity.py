@@ -56,21 +56,6 @@ def refuse_foreign_images(
             _refuse_foreign_prompt(row, side, getattr(pair, side), getattr(own, side), owners, exact)
 
 
-def refuse_other_globals(row: Row, pair: PromptPair) -> None:
-    """Raise `TeacherError` unless the teacher's first images are the student's, pixel for pixel.
-
-    For views whose global images are one and the same: no degraded student, no highlight, no teacher without them.
-    """
-    for index, (mine, other) in enumerate(
-        zip(split_images(pair.student.view), split_images(pair.teacher.view), strict=False)
-    ):
-        if not np.array_equal(mine, other):
-            raise TeacherError(
-                f"{_name(row)}: image {index} of the teacher is not the student's: they look at different images; "
-                "check what makes the views"
-            )
-
-
 def _refuse_foreign_prompt(
     row: Row, side: str, found: Prompt, own: Prompt, owners: dict[str, Row], exact: bool
 ) -> None:

@@ -1,6 +1,6 @@
-"""What a leaked token does to the loss: nothing, no weight in it, or an unlikelihood term of its own.
+"""The unlikelihood loss of leaked tokens (`leak_action="unlikelihood"`).
 
-unlikelihood: L_t = -w log max(1 - p_S(y_t), floor) at the leaked tokens, in addition to the objective (SpatialOPSD).
+L_t = -w log max(1 - p_S(y_t), floor) at the leaked tokens, in addition to the objective (SpatialOPSD).
 """
 
 from __future__ import annotations
@@ -10,13 +10,6 @@ import torch
 # B rows, T completion tokens, N kept response tokens
 
 PROBABILITY_FLOOR = 1e-6
-
-
-def weigh_leaks(weights_BT: torch.Tensor, leaked_BT: torch.Tensor, action: str) -> torch.Tensor:
-    """The loss weights with leaked tokens at 0 where `action` is `mask`; else as they are."""
-    if action != "mask":
-        return weights_BT
-    return weights_BT.masked_fill(leaked_BT.to(weights_BT.device), 0)
 
 
 def unlikelihood(

@@ -64,8 +64,8 @@ _ORDINALS = ("first", "second", "third", "fourth", "fifth")
 _CARDINALS = ("one", "two", "three", "four", "five")
 # "the second image", "image 2", "view two": a leak only beyond the images that the student has.
 _NUMBERED = re.compile(
-    rf"(?<!\w)(?:(?P<ordinal>{'|'.join(_ORDINALS)}|\d+(?:st|nd|rd|th))[\s-]+(?:image|picture|photo|view|crop)"
-    rf"|(?:image|picture|photo|view|crop)\s*\#?\s*(?P<number>\d+|{'|'.join(_CARDINALS)}))(?!\w)",
+    rf"(?<!\w)(?:(?P<ordinal>{'|'.join(_ORDINALS)}|\d{{1,6}}(?:st|nd|rd|th))[\s-]+(?:image|picture|photo|view|crop)"
+    rf"|(?:image|picture|photo|view|crop)\s*\#?\s*(?P<number>\d{{1,6}}|{'|'.join(_CARDINALS)}))(?!\w)",
     re.IGNORECASE,
 )
 _NUMBERED_NOUNS = frozenset(("image", "picture", "photo", "view", "crop"))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -147,7 +148,7 @@ class NonfiniteGuard:
             text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
             (folder / f"rank-{rank}.json").write_text(text + "\n", encoding="utf-8")
             save_file(tensors, folder / f"rank-{rank}.safetensors")
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             self.say(f"the batch of step {step} could not be written to {folder}: {error}")
             return None
         return folder
@@ -197,8 +198,10 @@ def skip_next_step(optimizer: Any) -> None:
 
     def step(closure: Any = None) -> None:
         optimizer.step = original
-        if optimizer.scaler is not None:
-            optimizer.scaler.update()
+        scaler = optimizer.scaler
+        if scaler is not None:
+            # As after an overflow; by a value, for the scaler's own asks for the unscaled gradient that clipping makes.
+            scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
         optimizer._is_overflow = True
 
     optimizer.step = step

@@ -50,6 +50,7 @@ def build_probe(
     teacher: Any,
     engine: HFEngine,
     max_completion_length: int,
+    student_view: ViewFunction | None = None,
     teacher_view: ViewFunction | None = None,
 ) -> PrivilegeProbe | None:
     """The probe of the rows that can be used: of those with an answer where there are any, else of the teacher's
@@ -66,7 +67,7 @@ def build_probe(
         configs |= {} if teacher_view is not None else {BOTH: replace(privilege, answer_hint=True)}
     view_config = replace(view_config, neutral="none")
     built = {
-        side: build_pairs(rows, processor, view_config, config, teacher_view=teacher_view if side == VIEWS else None)
+        side: build_pairs(rows, processor, view_config, config, student_view, teacher_view if side == VIEWS else None)
         for side, config in configs.items()
     }
     usable = [
@@ -114,15 +115,6 @@ def put_answers(traces: Sequence[str], answers: Sequence[str], processor: Any, p
     ids_BT = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in encoded])
     mask_BT = torch.tensor([[place < len(ids) for place in range(width)] for ids in encoded])
     return Rollouts(ids_BT, mask_BT, torch.zeros(ids_BT.shape))
-
-
-def measure_privilege_split(
-    teacher: Any, probe: PrivilegeProbe, pad_id: int, batch_size: int = 8, student: Any = None
-) -> dict[str, float]:
-    """`split_privilege` of the teacher's `measure_sides` and, where given, the student's."""
-    means = measure_sides(teacher, probe, pad_id, batch_size)
-    own = {} if student is None else measure_sides(student, probe, pad_id, batch_size, (STUDENT,))
-    return split_privilege(means, own.get(STUDENT))
 
 
 def measure_sides(

@@ -25,7 +25,7 @@ def build_prompt(
 ) -> Prompt:
     """One side's prompt: rendered text, ids with expanded placeholders, modality ids, and the pixels they stand for."""
     adapter = find_adapter(processor)
-    refuse_placeholder(row, processor)
+    refuse_placeholder(row, processor, suffix)
     image_count = len(view.frame_counts)
     text_part = {"type": "text", "text": template.format(question=format_question(row)) + suffix}
     messages = [{"role": "user", "content": [{"type": "image"}] * image_count + [text_part]}]
@@ -78,13 +78,13 @@ def tokenize(text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
-def refuse_placeholder(row: Row, processor: Any) -> None:
-    """Raise `RowError` when a text of the row holds a placeholder: it would ask for pixels of no image."""
+def refuse_placeholder(row: Row, processor: Any, *others: str) -> None:
+    """Raise `RowError` when a text of the row, or one of `others`, holds a placeholder, which asks for pixels."""
     adapter = find_adapter(processor)
     names = {adapter.placeholder(processor): "image", adapter.feature_token(processor): "image"}
     if getattr(processor, "video_token", None) is not None:
         names[processor.video_token] = "video"
-    for text in (row.question, row.answer or "", *row.options):
+    for text in (row.question, row.answer or "", row.hint or "", *row.options, *others):
         for name, kind in names.items():
             if name in text:
                 raise RowError(f"{row.source or row.id}: the text contains the {kind} placeholder {name!r}; remove it")
@@ -98,11 +98,6 @@ def format_question(row: Row) -> str:
         raise RowError(f"{row.source or row.id}: {len(row.options)} options; expected at most {len(_LETTERS)}")
     lines = [f"{letter}. {option}" for letter, option in zip(_LETTERS, row.options, strict=False)]
     return "\n".join([row.question, *lines])
-
-
-def count_image_tokens(view: View, processor: Any) -> list[int]:
-    """Features that each image of a view puts into the language model."""
-    return [sum_features(expansion) for expansion in find_adapter(processor).expand(view, processor)]
 
 
 def sum_features(expansion: Expansion) -> int:

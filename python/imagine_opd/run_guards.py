@@ -50,11 +50,14 @@ class RunGuards:
         self.teacher = teacher
         self.args: ImagineOPDConfig = trainer.args
         self.metrics = builder.metrics
-        self.say = builder.say
         self.classifier = TokenClassifier(builder.processor.tokenizer)
-        self.logger = CompletionLogger(lambda: trainer.callback_handler.callbacks, self.say)
+        self.logger = CompletionLogger(lambda: trainer.callback_handler.callbacks, trainer.say_once)
         self.nonfinite = NonfiniteGuard(
-            trainer.accelerator, self.args.output_dir, self.args.max_nonfinite_steps, describe_micro_batch, self.say
+            trainer.accelerator,
+            self.args.output_dir,
+            self.args.max_nonfinite_steps,
+            describe_micro_batch,
+            trainer.say_here,
         )
         self.record: TeacherRecord | None = None
         self.probe: PrivilegeProbe | None = None
@@ -66,26 +69,30 @@ class RunGuards:
             (self.args.teacher_check_steps, self.check_teacher),
             (self.args.probe_steps, lambda step: self.measure_probe()),
         )
-        return [CollapseCallback(self.args, self.say), watch, self.logger]
+        return [CollapseCallback(self.args, self.trainer.say_once), watch, self.logger]
 
     # before step 0, and later
 
-    def start(self, student: Any, pairs: Sequence[PromptPair], rows: Sequence[Row]) -> None:
-        """Record the teacher and measure the probe before the first step. `student` may be wrapped."""
+    def record_teacher(self, student: Any, pairs: Sequence[PromptPair]) -> None:
+        """Keep what the teacher says now, for the periodic check. `student` may be wrapped."""
         with self.teacher.gathered(student) as module:
             self.vocabulary_size = len(get_head(module).weight_VD)
             self.record = record_teacher(module, pairs, self.builder.engine, self.args.max_completion_length)
-            if self.args.probe_rows:
-                self.probe = build_probe(
-                    rows[: self.args.probe_rows],
-                    self.builder.processor,
-                    self.builder.view_config,
-                    self.builder.privilege_config,
-                    module,
-                    self.builder.engine,
-                    self.args.max_completion_length,
-                    self.builder.teacher_view,
-                )
+
+    def start_probe(self, student: Any, rows: Sequence[Row]) -> None:
+        """Make the probe of these rows and measure it. `student` may be wrapped."""
+        with self.teacher.gathered(student) as module:
+            self.probe = build_probe(
+                rows,
+                self.builder.processor,
+                self.builder.view_config,
+                self.builder.privilege_config,
+                module,
+                self.builder.engine,
+                self.args.max_completion_length,
+                self.builder.student_view,
+                self.builder.teacher_view,
+            )
         self.measure_probe()
 
     def check_teacher(self, step: int) -> None:

@@ -114,7 +114,9 @@ def note_kl(
     top = kl_N.topk(math.ceil(len(kl_N) * _TOP_SHARE)).values.sum()
     parts = [torch.stack([top, kl_N.sum()])]
     for names, group_N in groups:
-        parts += [torch.bincount(group_N, weights, len(names)).to(kl_N.dtype) for weights in (kl_N, None)]
+        # Not `bincount`: with weights on a GPU it has no deterministic form, and it waits for the device.
+        zeros = torch.zeros(len(names), device=device)
+        parts += [zeros.index_add(0, group_N, weights_N) for weights_N in (kl_N, torch.ones_like(kl_N))]
     values = torch.cat(parts).tolist()  # the one wait for the device
     # Weighted by its KL, a mean over micro-batches is the share of their sum.
     metrics.add_mean("kl/top5_share", values[0], values[1])

@@ -16,14 +16,18 @@ from imagine_opd.rollout.finish import find_truncated
 from imagine_opd.types import Rollouts
 
 
-def make_token_weights(rollouts: Rollouts, token_ids: TokenIds, config: ObjectiveFields) -> torch.Tensor:
+def make_token_weights(
+    rollouts: Rollouts, token_ids: TokenIds, config: ObjectiveFields, masked_BT: torch.Tensor | None = None
+) -> torch.Tensor:
     """`[B, T]` fp32: the weight of each response token, 0 behind the end.
 
-    In order: the first `num_loss_tokens_to_skip` tokens and special tokens get 0; the weight halves every
-    `early_weight_half_life` tokens; with `sequence_mean` each completion's weights are brought to sum 1; completions
-    cut by the length cap count `truncated_weight`.
+    In order: tokens of `masked_BT`, the first `num_loss_tokens_to_skip` and special tokens get 0; the weight halves
+    every `early_weight_half_life` tokens; with `sequence_mean` each completion's weights are brought to sum 1;
+    completions cut by the length cap count `truncated_weight`.
     """
     weights_BT = rollouts.completion_mask_BT.to(torch.float32)
+    if masked_BT is not None:
+        weights_BT[masked_BT.to(weights_BT.device)] = 0.0
     weights_BT[:, : config.num_loss_tokens_to_skip] = 0.0
     if config.mask_special_tokens:
         special = torch.tensor(token_ids.special, device=weights_BT.device, dtype=rollouts.completion_ids_BT.dtype)

@@ -122,6 +122,7 @@ class ImagineOPDTrainer(SafeSaving):
         self.step_metrics = StepMetrics(torch.cuda.synchronize if args.device.type == "cuda" else lambda: None)
         self._messages: set[str] = set()
         self._checks_wait = False
+        self.has_moved = False
         super().__init__(
             model=open_forward(student),
             args=args,
@@ -146,7 +147,7 @@ class ImagineOPDTrainer(SafeSaving):
             args,
             self.accelerator,
             self.step_metrics,
-            self.say_once,
+            self.say_here,
             train_dataset,
             student_view,
             teacher_view,
@@ -283,12 +284,13 @@ class ImagineOPDTrainer(SafeSaving):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Check the teacher, then train. See `SafeSaving.train` and `transformers.Trainer.train`."""
         checkpoint = self.open_checkpoint(resume_from_checkpoint)
-        if self.run_plan is not None and self.is_world_process_zero():
+        if self.run_plan is not None:
             self.say_once(self.run_plan.describe())
         # A checkpoint's weights are loaded, and a split model brought to its device, while training is prepared.
         self._checks_wait = checkpoint is not None or not self.place_model_on_device
-        if self.args.teacher_checks and not self._checks_wait:
-            self.run_teacher_checks()
+        self.has_moved = self.has_moved or checkpoint is not None or self.state.global_step > 0
+        if not self._checks_wait:
+            self.check_before_training()
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
@@ -297,15 +299,27 @@ class ImagineOPDTrainer(SafeSaving):
         self.teacher.prepare(
             self.args.device, (lambda module: shard_like(module, self.model_wrapped)) if splits else None
         )
-        if self.args.teacher_checks and self._checks_wait:
-            self.run_teacher_checks(is_resumed=resume_from_checkpoint is not None)
+        if self._checks_wait:
+            self.check_before_training()
         return prepared
 
-    def run_teacher_checks(self, is_resumed: bool = False) -> TeacherReport:
-        """The start-up checks of `imagine_opd.teacher_checks` on the first rows; raises `TeacherError`.
+    def load_weights(self, checkpoint: str) -> None:
+        """Student and teacher as they are in a checkpoint, to be looked at; nothing else of it is loaded."""
+        self._load_from_checkpoint(checkpoint)
+        self.teacher.load(checkpoint)
+        self.has_moved = True
 
-        is_resumed: student, or an `ema` teacher, has moved since step 0, so they need not agree under one view.
-        """
+    def check_before_training(self) -> None:
+        """The teacher checks and the privilege probe, each where it is on."""
+        if self.args.teacher_checks:
+            self.run_teacher_checks()
+        if self.args.probe_rows and (self.args.teacher_checks or self.args.probe_steps):
+            with self.accelerator.autocast():
+                rows = [self.train_dataset[i] for i in range(min(self.args.probe_rows, len(self.train_dataset)))]
+                self.guards.start_probe(self.model_wrapped, rows)
+
+    def run_teacher_checks(self) -> TeacherReport:
+        """The start-up checks of `imagine_opd.teacher_checks` on the first rows; raises `TeacherError`."""
         count = min(self.args.teacher_check_rows, len(self.train_dataset))
         pairs = [
             pair for pair in self.builder.build_pairs([self.train_dataset[i] for i in range(count)]) if pair is not None
@@ -320,10 +334,11 @@ class ImagineOPDTrainer(SafeSaving):
                 self.engine,
                 self.builder.sampling,
                 self.args.seed,
-                self.teacher.equals_student and not is_resumed,
+                # Weights that have moved since step 0 need not agree under one view.
+                self.teacher.equals_student and not self.has_moved,
             )
             self.step_metrics.clear()  # what the probe rows cost is not the first step's
-            self.guards.start(self.model_wrapped, pairs, [self.train_dataset[i] for i in range(count)])
+            self.guards.record_teacher(self.model_wrapped, pairs)
         for name, value in self.teacher_report.as_metrics().items():
             self.step_metrics.put(name, value)
         if self.teacher_report.privilege_gap <= 0:
@@ -373,7 +388,12 @@ class ImagineOPDTrainer(SafeSaving):
         super().log(logs, start_time)
 
     def say_once(self, message: str) -> None:
-        """A line for the user, each text once a run."""
+        """A line for the user about the run: from the main process, each text once."""
+        if self.is_world_process_zero():
+            self.say_here(message)
+
+    def say_here(self, message: str) -> None:
+        """A line for the user about this process's rows, each text once."""
         if message not in self._messages:
             self._messages.add(message)
             print(message, flush=True)

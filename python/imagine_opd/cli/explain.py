@@ -14,5 +14,5 @@ def run_explain(config: str, row: int, html: str | None, overrides: dict[str, st
     call = read_call(config, overrides)
     call.pop("dry_run", None)
     if html is not None:
-        refuse_unwritable(Path(html).parent)
+        refuse_unwritable(Path(html).parent, "--html: folder")
     explain_row(**call, row=row, html=html)

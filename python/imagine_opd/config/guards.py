@@ -38,9 +38,9 @@ class GuardFields:
     """Checks, monitors and what they do.
 
     teacher_checks, teacher_check_rows: check the teacher before step 0, on that many rows; teacher_check_steps: and
-        again every so many steps (0: only before step 0).
+        again every so many steps (0: only before step 0). Without teacher_checks neither.
     probe_rows, probe_steps: rows on which the teacher's gap by views and by answer hint is measured before step 0
-        (0: not at all), and again every so many steps (0: only before step 0).
+        (0: not at all), and again every so many steps (0: only before step 0, beside teacher_checks).
     leak_phrases: more phrases that must not stand in a completion, beside the built-in lexicon; leak_ngram: words in
         a row copied from what only the teacher was told (0: lexicon only); leak_action: `none` (counted), `mask`
         (leaked tokens leave the loss), `unlikelihood` (a loss of leak_unlikelihood_weight on their probability).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from imagine_opd.config.rollout import SHAPING_KWARGS
 from imagine_opd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -204,6 +205,12 @@ def _refuse_beside_divergence(config: ImagineOPDConfig) -> None:
         raise ConfigError(
             f"repetition_penalty changes where the student is trained: distillation_mode={mode!r} needs 1.0"
         )
+    for name in config.generation_kwargs or {}:
+        if name in SHAPING_KWARGS:
+            raise ConfigError(
+                f"generation_kwargs: {name!r} changes where the student is trained: distillation_mode={mode!r} needs "
+                "it left out"
+            )
 
 
 def _refuse_idle_contrast(config: ImagineOPDConfig) -> None:

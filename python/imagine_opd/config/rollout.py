@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from transformers import GenerationConfig
-
-from imagine_opd.config.checks import refuse_bad_keys
+from imagine_opd.errors import ConfigError
 
 if TYPE_CHECKING:
     from imagine_opd.config import ImagineOPDConfig
 
-_OUR_GENERATION = frozenset(
-    {
-        *("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-        *("eos_token_id", "pad_token_id", "use_cache", "num_beams", "num_return_sequences", "return_dict_in_generate"),
-        *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
-    }
+SHAPING_KWARGS = frozenset(
+    {"typical_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "min_new_tokens", "suppress_tokens"}
 )
+"""Keys of `generation_kwargs` that change which tokens are drawn."""
+ENGINE_KWARGS = frozenset(
+    {"cache_implementation", "cache_config", "prefill_chunk_size", "compile_config", "disable_compile"}
+)
+"""Keys of `generation_kwargs` that change how they are computed."""
 
 CHOICES: dict[str, tuple[str, ...]] = {}
 RANGES: dict[str, tuple[float, float | None]] = {
@@ -38,8 +37,9 @@ class RolloutFields:
     """Sampling.
 
     num_generations, max_completion_length (tokens), temperature (sampling and loss alike), top_p, top_k, min_p,
-    repetition_penalty, generation_kwargs; generation_batch_size: completions sampled in one call (`None`: all of a
-    step).
+    repetition_penalty; generation_kwargs: `typical_p`, `epsilon_cutoff`, `eta_cutoff`, `no_repeat_ngram_size`,
+    `min_new_tokens`, `suppress_tokens`, and how `generate` caches and compiles; generation_batch_size: completions
+    sampled in one call (`None`: all of a step).
     """
 
     num_generations: int = field(default=1, metadata={"help": "Completions per row (paper: 1)."})
@@ -55,4 +55,10 @@ class RolloutFields:
 
 def refuse_bad_rollout(config: ImagineOPDConfig) -> None:
     """Raise `ConfigError` for fields of the rollout that do not go together."""
-    refuse_bad_keys("generation_kwargs", config.generation_kwargs, set(GenerationConfig().to_dict()) - _OUR_GENERATION)
+    for name in config.generation_kwargs or {}:
+        if name not in SHAPING_KWARGS | ENGINE_KWARGS:
+            known = ", ".join(sorted(SHAPING_KWARGS | ENGINE_KWARGS))
+            raise ConfigError(
+                f"generation_kwargs: {name!r} is unknown, has a field of its own, or does not go with sampling of one "
+                f"token at a time; expected {known}"
+            )

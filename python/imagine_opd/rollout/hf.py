@@ -10,9 +10,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from imagine_opd.adapters import join_views
+from imagine_opd.config.rollout import ENGINE_KWARGS
 from imagine_opd.models import TokenIds, fit_inputs, get_device, unwrap_model
 from imagine_opd.rollout.finish import finish_completions
-from imagine_opd.rollout.sampler import SAMPLING_KEYS, SamplingConfig, SeededSampler, draw_uniforms
+from imagine_opd.rollout.sampler import SamplingConfig, SeededSampler, draw_uniforms
 from imagine_opd.types import Prompt, Rollouts
 
 # B rows, L prompt tokens, T completion tokens, V vocabulary
@@ -42,7 +43,7 @@ class HFEngine:
         if sampling.temperature > 0.0:
             start = int(torch.randint(2**62, ()).item()) if seed is None else seed
             uniforms_BT = draw_uniforms(start, len(prompts), sampling.max_completion_length).to(device)
-        sampler = SeededSampler(torch.tensor(self.token_ids.vision, device=device), sampling, uniforms_BT)
+        sampler = SeededSampler(self.token_ids.vision, self.token_ids.eos, sampling, uniforms_BT, device)
         was_training = model.training
         model.eval()
         try:
@@ -59,11 +60,10 @@ class HFEngine:
         return finish_completions(completion_ids_BT, sampler.stack_logprobs(completion_ids_BT), self.token_ids)
 
     def _generation_config(self, sampling: SamplingConfig) -> GenerationConfig:
-        extra = {name: value for name, value in sampling.generation_kwargs.items() if name not in SAMPLING_KEYS}
+        extra = {name: value for name, value in sampling.generation_kwargs.items() if name in ENGINE_KWARGS}
         return GenerationConfig(
             max_new_tokens=sampling.max_completion_length,
             do_sample=False,  # the sampler leaves one token to choose
-            repetition_penalty=sampling.repetition_penalty,
             eos_token_id=list(self.token_ids.eos),
             pad_token_id=self.token_ids.pad,
             use_cache=True,

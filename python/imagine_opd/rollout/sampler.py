@@ -16,6 +16,8 @@ from transformers import (
     EtaLogitsWarper,
     LogitsProcessor,
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
@@ -33,9 +35,6 @@ _WARPERS = {
 }
 """In the order in which `generate` applies those that are on."""
 _OFF = {"top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_p": None}
-
-SAMPLING_KEYS = frozenset(_WARPERS)
-"""Sampling fields of a generation config; the rest are `generate`'s own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +72,44 @@ def mix_seed(*numbers: int) -> int:
 class SeededSampler(LogitsProcessor):
     """Bans ids, picks each row's next token, and keeps its log-prob.
 
-    The log-prob is of the distribution at `temperature` before bans, top-k and top-p: the one the loss sees, so that
-    the ratio of a fresh sample is 1. (A repetition penalty comes before this; the config refuses it in `full` mode.)
+    The log-prob is of the distribution at `temperature` before penalties, bans, top-k and top-p: the one the loss
+    sees, so that the ratio of a fresh sample is 1. All that shapes the draw is therefore here, and `generate` has none
+    of it. The two lists of ids are on `device`: a copy from the host at each token would wait for it.
     """
 
-    def __init__(self, banned: torch.Tensor, sampling: SamplingConfig, uniforms_BT: torch.Tensor | None) -> None:
-        # Both on the scores' device: a copy from the host at each token would wait for the device.
-        self.banned = banned
+    def __init__(
+        self,
+        banned: Sequence[int],
+        ends: Sequence[int],
+        sampling: SamplingConfig,
+        uniforms_BT: torch.Tensor | None,
+        device: torch.device,
+    ) -> None:
+        more = sampling.generation_kwargs
+        self.banned = torch.tensor([*banned, *(more.get("suppress_tokens") or ())], dtype=torch.long, device=device)
+        self.ends = torch.tensor(ends, dtype=torch.long, device=device)
+        self.min_new_tokens = more.get("min_new_tokens") or 0
         self.temperature = sampling.temperature or 1.0
         self.uniforms_BT = uniforms_BT
         self.logprobs: list[torch.Tensor] = []
-        chosen = {name: sampling.generation_kwargs.get(name, getattr(sampling, name, None)) for name in _WARPERS}
+        self.penalties: list[LogitsProcessor] = []
+        if sampling.repetition_penalty != 1.0:
+            self.penalties.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if more.get("no_repeat_ngram_size"):
+            self.penalties.append(NoRepeatNGramLogitsProcessor(more["no_repeat_ngram_size"]))
+        chosen = {name: more.get(name, getattr(sampling, name, None)) for name in _WARPERS}
         self.warpers = [
             _WARPERS[name](value) for name, value in chosen.items() if value is not None and value != _OFF[name]
         ]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores_BV = scores.float() / self.temperature
-        allowed_BV = scores_BV.index_fill(1, self.banned, -torch.inf)
+        scores = scores.float()
+        scores_BV = scores / self.temperature
+        for penalty in self.penalties:
+            scores = penalty(input_ids, scores)
+        allowed_BV = (scores / self.temperature).index_fill(1, self.banned, -torch.inf)
+        if len(self.logprobs) < self.min_new_tokens:
+            allowed_BV.index_fill_(1, self.ends, -torch.inf)
         if self.uniforms_BT is None:
             picked_B = allowed_BV.argmax(dim=1)
         else:
