@@ -345,6 +345,9 @@ def test_another_teacher_on_resume_is_refused(tiny, make_rows, tmp_path):
     [
         ({"eval_strategy": "steps"}, "eval_strategy='steps' needs eval_data"),
         ({"dataloader_drop_last": True}, "leaves none"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches=True: batches would differ"),
+        ({"accelerator_config": {"even_batches": False}}, "even_batches=False: batches would differ"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "rows are no tensors"),
     ],
 )
 def test_settings_that_do_not_go_with_the_rows_are_refused(tiny, make_rows, tmp_path, fields, message):

@@ -19,6 +19,15 @@ def refuse_bad_run(args: ImagineOPDConfig, train_rows: Sequence[Row], eval_rows:
         raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs eval_data")
     if eval_rows is not None and not any(row.answer is not None for row in eval_rows):
         raise RowError(f"none of the {len(eval_rows)} rows of eval_data has an answer to compare with")
+    loading = args.accelerator_config
+    for name, value in {"split_batches": False, "even_batches": True}.items():
+        if getattr(loading, name) != value:
+            raise ConfigError(
+                f"accelerator_config {name}={getattr(loading, name)!r}: batches would differ over the processes, which "
+                f"then wait for each other; set {value!r}"
+            )
+    if loading.dispatch_batches:
+        raise ConfigError("accelerator_config dispatch_batches=True: rows are no tensors to share out; set False")
     if args.dataloader_drop_last and len(train_rows) < args.train_batch_size:
         raise ConfigError(
             f"dataloader_drop_last=True with {len(train_rows)} rows and a batch of {args.train_batch_size} leaves none"
