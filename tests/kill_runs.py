@@ -1,11 +1,12 @@
 """A supervisor that kills training runs by SIGKILL and starts them again, as a program: what is left must be one run.
 
-    python tests/kill_runs.py FOLDER SEED KILL [KILL ...]
+    python tests/kill_runs.py FOLDER WAY SEED KILL [KILL ...]
 
-KILL is `any` (at any moment of the run), `writing` (a little after a checkpoint's temporary folder appears), or `N`
-(in the N-th file operation by which checkpoints are sealed, rotated and cleared). Every run is a process of its own,
-forked after the imports and before torch has done anything; what it knows of the last one lies on the disk. Prints one
-JSON object: seconds of the whole run, and for each kill what lay in the folder.
+WAY is `full` weights, `lora`, `ema` (a moving teacher), or `lora-ema`. KILL is `any` (at any moment of the run),
+`writing` (a little after a checkpoint's temporary folder appears), or `N` (in the N-th file operation by which
+checkpoints are sealed, rotated and cleared). Every run is a process of its own, forked after the imports and before
+torch has done anything; what it knows of the last one lies on the disk. Prints one JSON object: seconds of the whole
+run, and for each kill what lay in the folder.
 """
 
 from __future__ import annotations
@@ -46,6 +47,13 @@ RUN = {
     "use_cpu": True,
 }
 
+WAYS = {
+    "full": {},
+    "lora": {"use_peft": True, "lora_r": 4},
+    "ema": {"teacher_model_kind": "ema"},
+    "lora-ema": {"use_peft": True, "lora_r": 4, "teacher_model_kind": "ema"},
+}
+
 
 class StepCounter(TrainerCallback):
     """State beside the Trainer's own, as a moving teacher or a monitor has it."""
@@ -63,7 +71,7 @@ class StepCounter(TrainerCallback):
         self.steps = json.loads((folder / "counter.json").read_text())
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, way: str) -> None:
     """One process's life: from the last complete checkpoint, or afresh, to the end."""
     torch.set_num_threads(1)
     torch.manual_seed(time.time_ns() % 2**32)  # whatever a run depends on must come from its folder
@@ -73,7 +81,7 @@ def train(folder: Path) -> None:
             module.attention_dropout = 0.1  # draws from the global random state in every forward
     rows = list(scenes_to_rows(make_scenes(10, 77, "small"), "right"))  # 5 steps an epoch
     counter = StepCounter()
-    args = build_config(folder, RUN)
+    args = build_config(folder, {**RUN, **WAYS[way]})
     trainer = ImagineOPDTrainer(
         model, args, rows, processor=load_processor(None, base_model_path()), callbacks=[counter]
     )
@@ -83,7 +91,7 @@ def train(folder: Path) -> None:
     (folder / "steps.json").write_text(json.dumps(counter.steps))
 
 
-def fork_run(folder: Path, kill_at: int | None = None) -> int:
+def fork_run(folder: Path, way: str, kill_at: int | None = None) -> int:
     """Start a run; with `kill_at` it kills itself in that file operation. Returns the process's number."""
     if child := os.fork():
         return child
@@ -93,7 +101,7 @@ def fork_run(folder: Path, kill_at: int | None = None) -> int:
         os.dup2(log, 2)
         if kill_at is not None:
             plant_kill(kill_at)
-        train(folder)
+        train(folder, way)
         sys.stdout.flush()
         os._exit(0)
     except BaseException:
@@ -128,29 +136,29 @@ def wait_for(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run_with_kills(folder: Path, kills: list[str], chance: random.Random, whole_s: float) -> list[dict]:
+def run_with_kills(folder: Path, way: str, kills: list[str], chance: random.Random, whole_s: float) -> list[dict]:
     """Kill and start again; a run that comes to its end all the same is followed by another beside it."""
     found: list[dict] = []
     number, whole = 1, False
     for kill in kills:
         number, whole = number + whole, False
         run = folder / f"killed-{number}"
-        status, seconds = kill_run(run, kill, chance, whole_s)
+        status, seconds = kill_run(run, way, kill, chance, whole_s)
         left = sorted(path.name for path in run.glob("*checkpoint*")) if run.is_dir() else []
         found.append({"kill": kill, "run": number, "status": status, "seconds": seconds, "left": left})
         whole = status == 0
         if status not in (0, -signal.SIGKILL):
             raise SystemExit(f"a run ended by itself with {status}; see {run}.log")
-    if not whole and (status := wait_for(fork_run(folder / f"killed-{number}"))) != 0:
+    if not whole and (status := wait_for(fork_run(folder / f"killed-{number}", way))) != 0:
         raise SystemExit(f"the last run ended with {status}; see {folder}/killed-{number}.log")
     return found
 
 
-def kill_run(run: Path, kill: str, chance: random.Random, whole_s: float) -> tuple[int, float]:
+def kill_run(run: Path, way: str, kill: str, chance: random.Random, whole_s: float) -> tuple[int, float]:
     """Start a run and kill it; its status, 0 when it was quicker, and the seconds it lived."""
     before = set(run.glob("tmp-*"))
     started = time.perf_counter()
-    child = fork_run(run, int(kill) if kill.isdigit() else None)
+    child = fork_run(run, way, int(kill) if kill.isdigit() else None)
     delay_s = chance.uniform(0.0, whole_s) if kill == "any" else chance.uniform(0.0, 0.06)
     while True:
         done, code = os.waitpid(child, os.WNOHANG)
@@ -167,12 +175,12 @@ def kill_run(run: Path, kill: str, chance: random.Random, whole_s: float) -> tup
 
 def main() -> None:
     """See the file's top."""
-    folder, seed, kills = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    folder, way, seed, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]
     started = time.perf_counter()
-    if (status := wait_for(fork_run(folder / "whole"))) != 0:
+    if (status := wait_for(fork_run(folder / "whole", way))) != 0:
         raise SystemExit(f"the whole run ended with {status}; see {folder}/whole.log")
     whole_s = time.perf_counter() - started
-    found = run_with_kills(folder, kills, random.Random(seed), whole_s)
+    found = run_with_kills(folder, way, kills, random.Random(seed), whole_s)
     print(json.dumps({"whole_s": whole_s, "kills": found}))
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +15,7 @@ from model_families import BUILDERS, build_family
 from PIL import Image
 from test_trainer import make_trainer
 
-import imagine_opd
-from imagine_opd import api
-from imagine_opd.cli import main
 from imagine_opd.config import build_config
-from imagine_opd.demo import base_model_path
 from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.errors import RowError, TeacherError
 from imagine_opd.explain import check_and_explain, count_steps, explain_run, list_settings, spell_tokens
@@ -31,19 +25,6 @@ from imagine_opd.types import Row
 from imagine_opd.views import make_views
 
 RUN = {**TINY_RECIPE, "use_cpu": True, "disable_tqdm": True, "teacher_check_rows": 2, "max_steps": 2}
-
-
-@pytest.fixture
-def dataset(tmp_path, make_rows) -> Path:
-    lines = []
-    for index, row in enumerate(make_rows(4)):
-        (tmp_path / f"{index}.png").write_bytes(row.images[0])
-        boxes = [[box.x0, box.y0, box.x1, box.y1] for box in row.boxes]
-        line = {"image": f"{index}.png", "question": row.question, "boxes": boxes, "answer": row.answer}
-        lines.append(json.dumps(line))
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def test_counts_and_starts_are_those_of_the_prompts(tiny, make_rows, tmp_path):
@@ -304,81 +285,3 @@ def test_checks_and_memory_plan_are_shown(tiny, make_rows, tmp_path):
     assert found.memory == ("weights 2 MiB", "optimizer 4 MiB")
     assert explain_run(trainer, 0, ["a", "b"]).memory == ("a", "b")
     assert "memory     weights 2 MiB\n           optimizer 4 MiB" in format_text(found)
-
-
-def test_dry_run_explains_the_first_row_and_trains_nothing(dataset, tmp_path, capsys):
-    out = tmp_path / "run"
-    result = imagine_opd.train(base_model_path(), dataset, output_dir=out, eval_data=dataset, dry_run=True, **RUN)
-    assert result.global_step == 0
-    assert result.metrics["teacher/identical_view_drift"] < 1e-4
-    assert [path.name for path in out.iterdir()] == ["explain.html"]
-    printed = capsys.readouterr().out
-    assert "question   what digit is on the" in printed
-    assert "\x1b" not in printed  # captured: no terminal
-    assert "<h2>One rollout</h2>" in (out / "explain.html").read_text(encoding="utf-8")
-    from imagine_opd.models import load_model
-
-    fresh = load_model(base_model_path()).state_dict()
-    assert all(torch.equal(tensor, fresh[name]) for name, tensor in result.model.state_dict().items())
-
-
-def test_dry_run_of_a_teacher_that_cannot_teach_writes_the_page_and_fails(dataset, tiny, tmp_path):
-    teacher = copy.deepcopy(tiny.model)
-    with torch.no_grad():
-        teacher.model.language_model.norm.weight.zero_()
-    with pytest.raises(TeacherError, match="the teacher is uniform"):
-        imagine_opd.train(base_model_path(), dataset, teacher=teacher, output_dir=tmp_path / "run", dry_run=True, **RUN)
-    assert "the teacher is uniform" in (tmp_path / "run/explain.html").read_text(encoding="utf-8")
-
-
-def test_dry_run_refuses_what_training_refuses(dataset, tmp_path):
-    lines = dataset.read_text().splitlines()
-    dataset.write_text("\n".join([*lines, json.dumps({"image": "none.png", "question": "what ?"})]))
-    with pytest.raises(RowError, match=r"rows.jsonl:5"):
-        imagine_opd.train(base_model_path(), dataset, output_dir=tmp_path / "run", dry_run=True, **RUN)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture
-def recipe(dataset, tmp_path) -> Path:
-    fields = {**RUN, "model": str(base_model_path()), "data": str(dataset), "output_dir": str(tmp_path / "run")}
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(fields))
-    return path
-
-
-def test_command_explains_the_row_asked_for(recipe, tmp_path, make_rows, capsys):
-    page = tmp_path / "pages" / "row.html"
-    assert main(["explain", str(recipe), "--row", "3", "--html", str(page), "--box_margin", "0.25"]) == 0
-    printed = capsys.readouterr().out
-    assert "row        3 of 4, from 0 (rows.jsonl:4)" in printed
-    assert f"question   {make_rows(4)[3].question}" in printed
-    assert "box_margin = 0.25 (default 0.1)" in printed
-    assert "Row 3 (of 4, from 0) explained" in page.read_text(encoding="utf-8")
-    assert main(["explain", str(recipe), "--row=9"]) == 1
-    assert "there is no row 9" in capsys.readouterr().err
-
-
-def test_documented_row_is_what_the_command_prints(recipe, capsys):
-    """Up to the rollout, whose last digits depend on the machine."""
-    page = (Path(__file__).parents[1] / "docs/explain.md").read_text(encoding="utf-8")
-    documented = page.split("```text\n")[1].split("\nrollout ")[0].split("\n")[1:]
-    assert main(["explain", str(recipe), "--row", "1"]) == 0
-    printed = [line.rstrip() for line in capsys.readouterr().out.split("\n")]
-    assert len(documented) > 15
-    assert [line for line in documented if line not in printed] == []
-
-
-def test_command_train_takes_dry_run(recipe, tmp_path, capsys):
-    assert main(["train", str(recipe), "--dry_run", "true"]) == 0
-    printed = capsys.readouterr().out
-    assert f"the page is {tmp_path / 'run' / 'explain.html'}" in printed
-    assert "the model is in" not in printed
-
-
-def test_terminal_gets_colours_unless_told_otherwise(dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(api.sys.stdout, "isatty", lambda: True, raising=False)
-    for told, coloured in (("", False), (None, True)):
-        monkeypatch.setenv("NO_COLOR", "1") if told is not None else monkeypatch.delenv("NO_COLOR")
-        api.explain_row(base_model_path(), dataset, output_dir=tmp_path / "run", **RUN)
-        assert ("\x1b[30;48;5;" in capsys.readouterr().out) == coloured

@@ -1,95 +1,26 @@
-"""Runs that are killed, signalled, or cannot write: what is left is whole, and the run that goes on is the same run."""
+"""Runs that end early or cannot write: what is left is whole, and the run that goes on is the same run."""
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import resource
 import shutil
-import signal
 import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_runs import Act, Rows, make_toy, take_weights
+from toy_runs import Act, Rows, make_toy, names_in, run_program, take_weights
 
 from imagine_opd import outputs, saving
 from imagine_opd.callbacks import append_line
 from imagine_opd.checkpoints import find_fault, list_checkpoints
-from imagine_opd.errors import ConfigError, ImagineError, OutputError, RunStoppedError
+from imagine_opd.errors import ConfigError, ImagineError, OutputError
 from imagine_opd.outputs import guard_writing
 
 TESTS = Path(__file__).parent
-
-
-def names_in(folder: Path, start: str = "") -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith(start))
-
-
-def run_program(*command: str, timeout_s: float = 280.0, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """A Python program with one thread, that takes the package and test modules of this run."""
-    path = os.pathsep.join([str(Path(saving.__file__).parents[1]), str(TESTS)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    full = [*prefix, sys.executable, *command]
-    return subprocess.run(full, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
-
-
-# killed
-
-
-def read_lines(folder: Path, name: str) -> list[dict]:
-    """The lines of a run, without clocks and without the last one's means over the part that ran at the end."""
-    lines = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-    return [
-        {key: value for key, value in line.items() if not key.startswith("time/")}
-        for line in lines
-        if "train_runtime" not in line
-    ]
-
-
-def check_kills(tmp_path: Path, seed: int, kills: list[str], timeout_s: float = 280.0) -> list[dict]:
-    """The kills that came before a run's end; each run must have become what the uninterrupted one is."""
-    done = run_program(str(TESTS / "kill_runs.py"), str(tmp_path), str(seed), *kills, timeout_s=timeout_s)
-    assert done.returncode == 0, done.stderr
-    whole, runs = tmp_path / "whole", sorted(path for path in tmp_path.glob("killed-*") if path.is_dir())
-    assert runs
-    left = load_file(whole / "model.safetensors")
-    optimizer = torch.load(whole / "checkpoint-8" / "optimizer.pt")["state"]
-    assert [line["step"] for line in read_lines(whole, "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7, 8]
-    for run in runs:
-        right = load_file(run / "model.safetensors")
-        assert left.keys() == right.keys()
-        assert [name for name in left if not torch.equal(left[name], right[name])] == []
-        for name in ("metrics.jsonl", "completions.jsonl"):
-            assert read_lines(whole, name) == read_lines(run, name)
-        assert json.loads((run / "steps.json").read_text()) == 8
-        assert names_in(run, "checkpoint-") == ["checkpoint-8"]
-        assert names_in(run, "tmp-") == []
-        states = torch.load(run / "checkpoint-8" / "optimizer.pt")["state"]
-        assert states.keys() == optimizer.keys()
-        for key, state in states.items():
-            assert all(torch.equal(state[name], optimizer[key][name]) for name in state)
-    return [kill for kill in json.loads(done.stdout.splitlines()[-1])["kills"] if kill["status"] == -signal.SIGKILL]
-
-
-def test_run_killed_three_times_ends_with_the_weights_and_lines_of_the_uninterrupted_one(tmp_path):
-    # The 20th operation of the first run that gets so far lies behind its first checkpoint.
-    kills = check_kills(tmp_path, 1, ["20", "writing", "any"])
-    assert len(kills) >= 2  # `any` may come after the end
-    assert kills[0]["left"][0].startswith("checkpoint-")
-
-
-@pytest.mark.slow
-def test_run_killed_at_twenty_and_more_random_moments_ends_as_the_uninterrupted_one(tmp_path):
-    numbers = ["5", "15", "17", "18", "20", "25", "26", "30", "45"]
-    kills = check_kills(tmp_path, 2, [kill for number in numbers for kill in ("writing", number, "any")], timeout_s=900)
-    assert len(kills) >= 20, kills
-    assert any(name.startswith("tmp-checkpoint") for kill in kills for name in kill["left"])
 
 
 def test_going_on_takes_no_row_of_the_part_that_is_done(tmp_path):
@@ -196,108 +127,6 @@ def test_uploads_begin_when_the_checkpoint_has_its_name(tmp_path, monkeypatch):
     )
     make_toy(tmp_path, max_steps=1, push_to_hub=True).train()
     assert seen == [(str(tmp_path / "checkpoint-1"), None)]
-
-
-# signals
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_to_go_on_from(tmp_path, capsys, number, code):
-    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
-    whole = make_toy(tmp_path / "whole")
-    whole.train()
-    trainer = make_toy(tmp_path / "run", [Act(3, lambda: os.kill(os.getpid(), number))], save_strategy="no")
-    with pytest.raises(RunStoppedError) as caught:
-        trainer.train()
-    assert (caught.value.code, caught.value.signal_number) == (code, number)
-    assert isinstance(caught.value, SystemExit)
-    assert f"stopped by {number.name} after step 3 of 6" in str(caught.value)
-    assert str(caught.value) in capsys.readouterr().out
-    assert names_in(tmp_path / "run") == ["checkpoint-3"]
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
-    resumed = make_toy(tmp_path / "run", save_strategy="no")
-    resumed.train(resume_from_checkpoint="auto")
-    assert resumed.state.global_step == 6
-    assert torch.equal(take_weights(resumed), take_weights(whole))
-
-
-def test_a_second_signal_stops_at_once(tmp_path):
-    calls = []
-
-    def interrupt() -> None:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            calls.append(1)
-
-    with pytest.raises(KeyboardInterrupt):
-        make_toy(tmp_path, [Act(3, interrupt)]).train()
-    assert calls == [1]
-    assert names_in(tmp_path) == ["checkpoint-1", "checkpoint-2"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
-    trainer = make_toy(tmp_path, [Act(6, lambda: os.kill(os.getpid(), signal.SIGTERM))])
-    assert trainer.train().global_step == 6
-
-
-def test_a_signal_neither_evaluates_nor_saves_twice(tmp_path, monkeypatch):
-    """The Trainer takes the early stop for the end of an epoch, where this run would evaluate and save."""
-    saved = []
-    fields = {"save_strategy": "epoch", "eval_strategy": "epoch", "num_train_epochs": 1, "max_steps": -1}
-    trainer = make_toy(tmp_path, [Act(3, lambda: os.kill(os.getpid(), signal.SIGTERM))], **fields)
-    trainer.evaluate = lambda **kwargs: pytest.fail("evaluated while a scheduler waits")
-    seal = saving.seal_checkpoint
-    monkeypatch.setattr(saving, "seal_checkpoint", lambda *args: saved.append(args[1]) or seal(*args))
-    with pytest.raises(RunStoppedError):
-        trainer.train()
-    assert saved == [3]
-
-
-def test_runs_outside_the_main_thread_leave_signals_alone(tmp_path):
-    found = []
-    act = Act(1, lambda: found.append(signal.getsignal(signal.SIGTERM)))
-    thread = threading.Thread(target=lambda: found.append(make_toy(tmp_path, [act], max_steps=1).train().global_step))
-    thread.start()
-    thread.join()
-    assert found == [signal.getsignal(signal.SIGTERM), 1]
-
-
-def test_a_stopped_run_gives_its_exit_code_to_the_shell():
-    code = "from imagine_opd.errors import RunStoppedError; raise RunStoppedError('stopped', 15)"
-    assert run_program("-c", code).returncode == 143
-
-
-def test_the_command_line_ends_with_the_signals_code(monkeypatch):
-    import imagine_opd.cli.train
-    from imagine_opd.cli import main
-
-    def stop(*args) -> None:
-        raise RunStoppedError("stopped", signal.SIGTERM)
-
-    monkeypatch.setattr(imagine_opd.cli.train, "run_train", stop)
-    assert main(["train", "run.yaml"]) == 143
-
-
-def test_two_processes_agree_on_a_signal_to_one_and_go_on_to_the_same_weights(tmp_path):
-    done = run_program(str(TESTS / "toy_runs.py"), str(tmp_path), timeout_s=120)
-    logs = "".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
-    assert done.returncode == 0, done.stderr + logs
-    codes = json.loads(done.stdout.splitlines()[-1])
-    assert codes == {
-        "whole": [0, 0],
-        "stopped": [143, 143],
-        "resumed": [0, 0],
-        "one process": [0],
-        "fewer rows": [1],
-    }, logs
-    weights = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert weights["parts-0.json"] == weights["parts-1.json"] == weights["whole-0.json"]
-    assert weights["one-0.json"] != weights["whole-0.json"]  # it drops out other elements
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(names_in(tmp_path / "parts" / "checkpoint-6"))
-    assert "was made by 2 processes, this run has 1" in (tmp_path / "one-0.log").read_text()
-    assert "rows_per_step=4 (now 2): rows would be left out or taken twice" in (tmp_path / "other-0.log").read_text()
-    assert names_in(tmp_path / "other") == ["checkpoint-2", "checkpoint-3"]
 
 
 # writes that fail

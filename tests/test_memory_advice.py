@@ -10,9 +10,11 @@ import torch
 from imagine_opd.errors import DeviceMemoryError, ImagineError
 from imagine_opd.memory_advice import (
     MicroBatchFacts,
+    PassFacts,
     explain_out_of_memory,
+    explain_pass,
+    explained_memory,
     is_out_of_memory,
-    raise_out_of_memory,
     read_facts,
     read_memory_gib,
 )
@@ -84,11 +86,43 @@ def test_facts_are_those_of_the_longest_and_the_most():
     assert read_facts(batch) == MicroBatchFacts(2, 1, 13, 24, 6, 13, 3)
 
 
-def test_the_error_is_the_users_and_keeps_its_cause():
+def test_a_pass_without_gradient_is_told_with_its_numbers_and_the_advice_in_order():
+    facts = PassFacts("the rollout", 8, 1300, 1000, 512)
+    text = explain_pass(
+        MemoryError("nothing left"),
+        facts,
+        "generation_batch_size",
+        memory_gib=(70.5, 77.25),
+        plan_advice=["teacher_placement='cpu': 8.0 GiB leave"],
+    )
+    assert text == (
+        "out of memory in the rollout: 8 prompts at once, the longest of 1300 tokens, 1000 of images; completions up "
+        "to 512 tokens. At most 70.50 GiB were allocated and 77.25 GiB reserved. What to change: "
+        "(1) generation_batch_size=4 (now 8). (2) max_completion_length below 512. (3) a lower max_pixels or "
+        "crop_max_pixels: images are 1000 of the prompt's tokens. (4) teacher_placement='cpu': 8.0 GiB leave. "
+        "(5) LoRA (peft) with model_dtype='bfloat16', or a larger device. The allocator said: nothing left"
+    )
+    short = explain_pass(MemoryError(), PassFacts("the rollout", 1, 1300, 100, 64), "generation_batch_size")
+    assert "What to change: (1) LoRA" in short
+
+
+def test_the_error_is_the_users_keeps_its_cause_and_is_explained_once():
     cause = MemoryError("nothing left")
-    with pytest.raises(DeviceMemoryError, match="said") as caught:
-        raise_out_of_memory(cause, "said")
+    with (
+        pytest.raises(DeviceMemoryError, match="inner: nothing left") as caught,
+        explained_memory(lambda error: f"outer: {error}"),
+        explained_memory(lambda error: f"inner: {error}"),
+    ):
+        raise cause
+    assert str(caught.value) == "inner: nothing left"
     assert caught.value.__cause__ is cause
     assert isinstance(caught.value, ImagineError)
     assert isinstance(caught.value, MemoryError)
     assert read_memory_gib(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("other", [RuntimeError("shape mismatch"), ValueError("bad"), KeyError("x")])
+def test_errors_that_are_not_of_memory_travel_on(other):
+    with pytest.raises(type(other)) as caught, explained_memory(lambda error: "out of memory"):
+        raise other
+    assert caught.value is other

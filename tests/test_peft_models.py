@@ -41,6 +41,17 @@ def test_adapter_by_fields_trains_every_linear_layer_but_vision_and_head(tiny, t
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.0)
 
 
+def test_first_weights_of_an_adapter_are_those_of_the_seed_alone(tiny, tmp_path):
+    def draw(state: int, **fields) -> torch.Tensor:
+        torch.manual_seed(state)
+        student = make_student(tiny, tmp_path, **LORA, **fields)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(state)))
+        return torch.cat([p.detach().flatten() for name, p in student.named_parameters() if ".lora_A." in name])
+
+    assert torch.equal(draw(1), draw(2))
+    assert not torch.equal(draw(1), draw(1, seed=7))
+
+
 def test_vision_is_trained_by_the_adapter_where_asked_for(tiny, tmp_path):
     trained = list_trained_names(make_student(tiny, tmp_path, freeze_vision=False, **LORA))
     assert any("visual.blocks.0.attn.qkv.lora_A" in name for name in trained)

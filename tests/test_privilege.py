@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
+import imagine_opd
 from imagine_opd.config import build_config
 from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.errors import ConfigError
@@ -143,6 +147,58 @@ def test_functions_of_ones_own_decide_both_sides(tiny, make_rows):
     assert f"{row.question} look" in pair.student.text
     with pytest.raises(ConfigError, match="the student sees whole images only"):
         pair_of(tiny, row, student_view=lambda row: SideView(row.images, row.boxes))
+
+
+def test_student_view_of_ones_own_is_what_train_samples_checks_and_scores_by(tiny, make_rows, tmp_path, monkeypatch):
+    from imagine_opd import batches, trainer
+
+    rows = make_rows(4)
+    shown = {row.id: invert(row.images[0]) for row in rows}
+    scored, sampled = [], []
+    score, sample = trainer.score_student, batches.BatchBuilder.sample
+
+    def spy_score(student, teacher_hidden_ND, batch, *args):
+        scored.extend(zip(batch.rows, batch.prompts, strict=True))
+        return score(student, teacher_hidden_ND, batch, *args)
+
+    def spy_sample(self, model, prompts, seeds):
+        sampled.extend(prompts)
+        return sample(self, model, prompts, seeds)
+
+    monkeypatch.setattr(trainer, "score_student", spy_score)
+    monkeypatch.setattr(batches.BatchBuilder, "sample", spy_sample)
+    run = {**TINY_RECIPE, "max_steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    result = imagine_opd.train(
+        copy.deepcopy(tiny.model),
+        rows,
+        output_dir=tmp_path / "run",
+        processor=tiny.processor,
+        student_view=lambda row: SideView((shown[row.id],), hint=" look"),
+        teacher_check_rows=2,
+        disable_tqdm=True,
+        use_cpu=True,
+        **run,
+    )
+    assert result.global_step == 1
+    assert len(scored) == 4
+    for row, pair in scored:
+        expected = views_of(tiny, dataclasses.replace(row, images=(shown[row.id],), boxes=()))
+        np.testing.assert_array_equal(pair.student.view.pixel_values, expected.student.pixel_values)
+        assert f"{row.question} look" in pair.student.text
+        np.testing.assert_array_equal(pair.teacher.view.pixel_values, views_of(tiny, row).teacher.pixel_values)
+        assert "look" not in pair.teacher.text
+    assert [prompt.text for prompt in sampled] == [pair.student.text for _, pair in scored]
+    assert all(
+        np.array_equal(prompt.view.pixel_values, pair.student.view.pixel_values)
+        for prompt, (_, pair) in zip(sampled, scored, strict=True)
+    )
+
+
+def invert(image: bytes) -> bytes:
+    """The picture in its opposite colours, as PNG."""
+    found = io.BytesIO()
+    ImageOps.invert(Image.open(io.BytesIO(image)).convert("RGB")).save(found, "PNG")
+    return found.getvalue()
 
 
 def test_bad_row_among_good_ones_keeps_its_place(tiny, make_rows):

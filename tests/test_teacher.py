@@ -134,6 +134,25 @@ def test_teacher_of_another_vocabulary_is_refused(tiny, tmp_path):
         build_teacher(tiny.model, tiny.processor, tmp_path)
 
 
+def test_padding_behind_the_words_is_cut_as_the_refusal_says_and_the_teacher_is_taken(tiny, pairs):
+    size = len(tiny.model.lm_head.weight)
+    padded = copy.deepcopy(tiny.model)
+    padded.resize_token_embeddings(size + 7)
+    with pytest.raises(TeacherError, match=rf"are padding: cut them with teacher.resize_token_embeddings\({size}\)"):
+        build_teacher(tiny.model, tiny.processor, padded)
+    padded.resize_token_embeddings(size)
+    report = run_checks(tiny, tiny.model, build_teacher(tiny.model, tiny.processor, padded), pairs)
+    assert report.identical_view_drift == 0.0
+
+
+def test_teacher_of_fewer_entries_than_there_are_words_is_not_told_to_be_cut(tiny):
+    shorter = copy.deepcopy(tiny.model)
+    shorter.resize_token_embeddings(len(tiny.processor.tokenizer) - 1)
+    with pytest.raises(TeacherError, match="words; use a teacher of the same family") as caught:
+        build_teacher(tiny.model, tiny.processor, shorter)
+    assert "resize_token_embeddings" not in str(caught.value)
+
+
 def test_teacher_with_another_tokenizer_of_the_same_size_is_refused(tiny, tmp_path):
     tiny.model.save_pretrained(tmp_path)
     tiny.processor.save_pretrained(tmp_path)

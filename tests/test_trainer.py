@@ -262,12 +262,6 @@ def test_bf16_reaches_both_scored_forwards(tiny, make_rows, tmp_path):
     assert loss.dtype == torch.float32
 
 
-def test_sixteen_bit_weights_are_warned_of(tiny, make_rows, tmp_path, capsys):
-    tiny.model.to(torch.bfloat16)
-    make_trainer(tiny, make_rows(2), tmp_path)
-    assert "the trained weights are 16-bit" in capsys.readouterr().out
-
-
 def test_run_folder_tells_what_happened(tiny, make_rows, tmp_path):
     result = imagine_opd.train(
         copy.deepcopy(tiny.model),

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -16,7 +17,10 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
+from imagine_opd import saving
 from imagine_opd.saving import SafeSaving
+
+TESTS = Path(__file__).parent
 
 
 class Toy(torch.nn.Module):
@@ -79,6 +83,18 @@ def make_toy(folder: Path, callbacks: list[Any] | None = None, count: int = 12, 
 
 def take_weights(trainer: SafeSaving) -> torch.Tensor:
     return trainer.model.layer.weight.detach().clone()
+
+
+def names_in(folder: Path, start: str = "") -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(start))
+
+
+def run_program(*command: str, timeout_s: float = 280.0, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """A Python program with one thread, that takes the package and test modules of this run."""
+    path = os.pathsep.join([str(Path(saving.__file__).parents[1]), str(TESTS)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    full = [*prefix, sys.executable, *command]
+    return subprocess.run(full, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 def run_ranks(folder: Path, resume: str | None, world_size: int = 2, step: int = 0, fields: dict | None = None) -> list:

@@ -18,6 +18,7 @@ from imagine_opd.distributed import sum_over_ranks
 from imagine_opd.errors import RowError
 from imagine_opd.evaluation import decode_completions
 from imagine_opd.leak_meter import LeakMeter
+from imagine_opd.memory_advice import explain_pass, explained_memory, read_memory_gib, read_pass
 from imagine_opd.metrics import StepMetrics
 from imagine_opd.privilege import ViewFunction, build_pairs
 from imagine_opd.rewards import RewardFunction, compute_rewards, normalise_rewards
@@ -75,12 +76,14 @@ class BatchBuilder:
         student_view: ViewFunction | None = None,
         teacher_view: ViewFunction | None = None,
         reward_functions: Sequence[RewardFunction] = (),
+        weights_advice: Sequence[str] = (),
     ) -> None:
         self.processor, self.engine, self.view_config, self.args = processor, engine, view_config, args
         self.accelerator, self.metrics, self.say = accelerator, metrics, say
         self.privilege_config = make_privilege_config(args)
         self.student_view, self.teacher_view = student_view, teacher_view
         self.reward_functions = tuple(reward_functions)
+        self.weights_advice = tuple(weights_advice)
         self.sampling = make_sampling_config(args)
         self.leak_meter = LeakMeter(processor.tokenizer, metrics, args.leak_ngram, args.leak_phrases)
         self.spare_rows = spare_rows
@@ -156,7 +159,15 @@ class BatchBuilder:
         """The completions of the prompts, `generation_batch_size` at a time; sharded weights are gathered once."""
         size = self.args.generation_batch_size or max(len(prompts), 1)
         calls = [slice(start, start + size) for start in range(0, len(prompts), size)]
+
+        def explain(error: BaseException) -> str:
+            facts = read_pass("the rollout", prompts, self.args.max_completion_length, size)
+            memory_gib = read_memory_gib(self.accelerator.device)
+            field = "generation_batch_size"
+            return explain_pass(error, facts, field, memory_gib=memory_gib, plan_advice=self.weights_advice)
+
         with (
+            explained_memory(explain),
             self.metrics.stage("rollout"),
             self.accelerator.autocast(),
             gather_parameters(model) as gathered,

@@ -47,4 +47,4 @@ class DivergenceError(ImagineError, ArithmeticError):
 
 
 class DeviceMemoryError(ImagineError, MemoryError):
-    """A micro-batch does not fit into memory; the text says what it held and what to change."""
+    """A micro-batch, rollout or check does not fit into memory; the text says what it held and what to change."""

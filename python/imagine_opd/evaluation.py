@@ -14,6 +14,7 @@ from imagine_opd.answers import judge_row
 from imagine_opd.config import ImagineOPDConfig
 from imagine_opd.distributed import gather_figures, get_place
 from imagine_opd.errors import ConfigError, RowError
+from imagine_opd.memory_advice import explain_pass, explained_memory, read_memory_gib, read_pass
 from imagine_opd.models import read_token_ids
 from imagine_opd.privilege import build_pairs
 from imagine_opd.prompts import build_prompt
@@ -82,6 +83,7 @@ def evaluate_model(
     results: dict[str, ModeResult] = {}
     left_out = len(rows) - len(usable)
     rank, ranks = get_place() if shared else (0, 1)
+    field = "per_device_eval_batch_size" if shared else "batch_size"
     for mode in modes:
         started = time.perf_counter()
         answered: list[_Answered] = []
@@ -90,7 +92,8 @@ def evaluate_model(
         for start in range(0, len(own), batch_size):
             places = own[start : start + batch_size]
             prompts, kept = _build_mode_prompts([usable[i] for i in places], processor, view_config, config, mode)
-            texts, count = answer_prompts(model, processor, engine, prompts, config.max_completion_length)
+            with explained_memory(lambda error: _explain_memory(error, prompts, config, field)):  # noqa: B023
+                texts, count = answer_prompts(model, processor, engine, prompts, config.max_completion_length)
             tokens += count
             for index, text in zip(kept, texts, strict=True):
                 answered.append((places[index], text, judge_row(text, usable[places[index]])))
@@ -129,6 +132,11 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     spread = _Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
     # At 0 and at 1 rounding may put the share itself a hair outside.
     return max(0.0, min(centre - spread, share)), min(1.0, max(centre + spread, share))
+
+
+def _explain_memory(error: BaseException, prompts: Sequence[Prompt], config: ImagineOPDConfig, field: str) -> str:
+    facts = read_pass("the evaluation", prompts, config.max_completion_length)
+    return explain_pass(error, facts, field, memory_gib=read_memory_gib(config.device))
 
 
 def _build_mode_prompts(

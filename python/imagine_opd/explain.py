@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,9 @@ from imagine_opd.explanation import (
     TokenFacts,
 )
 from imagine_opd.kernels import TokenStats, linear_token_stats
-from imagine_opd.models import get_body, get_head
+from imagine_opd.models import get_head
 from imagine_opd.pictures import restore_pictures
+from imagine_opd.positions import watch_positions
 from imagine_opd.privilege import build_pairs, make_teacher_view
 from imagine_opd.scoring import score_side
 from imagine_opd.student import run_inside
@@ -169,14 +169,14 @@ def _score(
     if not mask_BT.any():
         return None, None, None
 
-    def look(teacher: Any) -> tuple[torch.Tensor, list[Position]]:
-        with _watch_positions(teacher, len(pair.teacher.input_ids)) as found:
+    def look(teacher: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with watch_positions(teacher) as found:
             return score_side(teacher, [pair.teacher], rollouts, mask_BT, pad), found
 
     teacher_hidden_ND, teacher_found = trainer.teacher.run(trainer.model, look)
 
-    def compute(student: Any) -> tuple[TokenStats, list[Position]]:
-        with _watch_positions(student, len(pair.student.input_ids)) as found:
+    def compute(student: Any) -> tuple[TokenStats, list[torch.Tensor]]:
+        with watch_positions(student) as found:
             student_hidden_ND = score_side(student, [pair.student], rollouts, mask_BT, pad)
         stats = linear_token_stats(
             student_hidden_ND,
@@ -191,7 +191,7 @@ def _score(
 
     with trainer.teacher.open_head(trainer.model) as teacher_head:
         stats, student_found = run_inside(trainer.model, compute)
-    return stats, student_found[0] if student_found else None, teacher_found[0] if teacher_found else None
+    return stats, _read_position(student_found, pair.student), _read_position(teacher_found, pair.teacher)
 
 
 def _name_teacher(trainer: ImagineOPDTrainer) -> str:
@@ -204,25 +204,12 @@ def _name_teacher(trainer: ImagineOPDTrainer) -> str:
     return f"a frozen copy of the initial weights{held}" if teacher.equals_student else f"other weights, frozen{held}"
 
 
-@contextmanager
-def _watch_positions(model: Any, place: int) -> Iterator[list[Position]]:
-    """Records the (t, h, w) of token `place` of the first row, as the model hands them to its language model."""
-    found: list[Position] = []
-
-    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        positions = kwargs.get("position_ids")
-        if isinstance(positions, torch.Tensor) and positions.ndim == 3:
-            # Some families put the plain positions in front of the three.
-            time, height, width = positions[-3:, 0, place].tolist()
-            found.append((int(time), int(height), int(width)))
-
-    decoder = getattr(get_body(model), "language_model", None)
-    handle = decoder.register_forward_pre_hook(note, with_kwargs=True) if decoder is not None else None
-    try:
-        yield found
-    finally:
-        if handle is not None:
-            handle.remove()
+def _read_position(found: Sequence[torch.Tensor], prompt: Prompt) -> Position | None:
+    """The (t, h, w) of the first token behind the prompt; `None` for models with plain positions."""
+    if not found:
+        return None
+    time, height, width = found[0][:, 0, len(prompt.input_ids)].tolist()
+    return int(time), int(height), int(width)
 
 
 def _measure_run(trainer: ImagineOPDTrainer) -> RunSize:

@@ -1,15 +1,17 @@
-"""Out of memory in a micro-batch: the error and what the batch held in, a sentence with numbers and advice out."""
+"""Out of memory, in a micro-batch or beside it: error and facts in, a sentence with numbers and advice out."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from imagine_opd.errors import DeviceMemoryError
+from imagine_opd.types import Prompt
 
 _GIB = 2**30
 _CPU_REFUSAL = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory", re.IGNORECASE)
@@ -26,6 +28,31 @@ class MicroBatchFacts:
     image_tokens_student: int
     image_tokens_teacher: int
     longest_completion: int
+
+
+@dataclass(frozen=True, slots=True)
+class PassFacts:
+    """What a pass without gradient asked of the device: `prompts` at once, tokens of the longest of them, of the most
+    images, and the cap of a completion. name: of the pass, as a sentence has it: `the rollout`."""
+
+    name: str
+    prompts: int
+    longest: int
+    image_tokens: int
+    max_completion_length: int
+
+
+@contextmanager
+def explained_memory(explain: Callable[[BaseException], str]) -> Iterator[None]:
+    """Memory that runs out inside becomes a `DeviceMemoryError` with `explain`'s text, once; other errors go on."""
+    try:
+        yield
+    except DeviceMemoryError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceMemoryError(explain(error)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -71,17 +98,50 @@ def explain_out_of_memory(
     `memory_gib`: most allocated and most reserved so far. `plan_advice`: what a plan of the whole run's memory says;
     it goes before the general advice.
     """
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    held = ""
-    if memory_gib is not None:
-        held = f" At most {memory_gib[0]:.2f} GiB were allocated and {memory_gib[1]:.2f} GiB reserved."
     advice = [*plan_advice, *_list_advice(facts, batch_size, gradient_checkpointing)]
-    numbered = " ".join(f"({number}) {item}." for number, item in enumerate(advice, 1))
     return (
         f"out of memory in a micro-batch of {facts.completions} completions ({facts.rows} rows): longest sequence "
         f"{facts.longest_student} tokens for the student, {facts.longest_teacher} for the teacher; image tokens up to "
         f"{facts.image_tokens_student} and {facts.image_tokens_teacher}; completions up to {facts.longest_completion} "
-        f"tokens.{held} What to change: {numbered} The allocator said: {first_line}"
+        f"tokens.{_tell_rest(error, advice, memory_gib)}"
+    )
+
+
+def read_pass(
+    name: str, prompts: Sequence[Prompt], max_completion_length: int, at_once: int | None = None
+) -> PassFacts:
+    """The facts of a pass over these prompts, `at_once` of them together (`None`: all)."""
+    return PassFacts(
+        name,
+        min(at_once or len(prompts), len(prompts)),
+        max((len(prompt.input_ids) for prompt in prompts), default=0),
+        max((sum(prompt.image_tokens) for prompt in prompts), default=0),
+        max_completion_length,
+    )
+
+
+def explain_pass(
+    error: BaseException,
+    facts: PassFacts,
+    field: str,
+    *,
+    memory_gib: tuple[float, float] | None = None,
+    plan_advice: Sequence[str] = (),
+) -> str:
+    """What ran out in a pass without gradient and what to change: first `field`, which says how many prompts go
+    at once, then lengths and pixels, then what is held all the time."""
+    advice = []
+    if facts.prompts > 1:
+        advice.append(f"{field}={facts.prompts // 2} (now {facts.prompts})")
+    if 4 * facts.max_completion_length > facts.longest:
+        advice.append(f"max_completion_length below {facts.max_completion_length}")
+    if 2 * facts.image_tokens > facts.longest:
+        advice.append(f"a lower max_pixels or crop_max_pixels: images are {facts.image_tokens} of the prompt's tokens")
+    advice += [*plan_advice, "LoRA (peft) with model_dtype='bfloat16', or a larger device"]
+    return (
+        f"out of memory in {facts.name}: {facts.prompts} prompts at once, the longest of {facts.longest} tokens, "
+        f"{facts.image_tokens} of images; completions up to {facts.max_completion_length} tokens."
+        f"{_tell_rest(error, advice, memory_gib)}"
     )
 
 
@@ -92,9 +152,13 @@ def read_memory_gib(device: torch.device) -> tuple[float, float] | None:
     return torch.cuda.max_memory_allocated(device) / _GIB, torch.cuda.max_memory_reserved(device) / _GIB
 
 
-def raise_out_of_memory(error: BaseException, text: str) -> None:
-    """Raise `DeviceMemoryError` with the text, from the allocator's error."""
-    raise DeviceMemoryError(text) from error
+def _tell_rest(error: BaseException, advice: Sequence[str], memory_gib: tuple[float, float] | None) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    held = ""
+    if memory_gib is not None:
+        held = f" At most {memory_gib[0]:.2f} GiB were allocated and {memory_gib[1]:.2f} GiB reserved."
+    numbered = " ".join(f"({number}) {item}." for number, item in enumerate(advice, 1))
+    return f"{held} What to change: {numbered} The allocator said: {first_line}"
 
 
 def _list_advice(facts: MicroBatchFacts, batch_size: int, gradient_checkpointing: bool) -> list[str]:

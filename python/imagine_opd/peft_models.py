@@ -43,7 +43,10 @@ def prepare_student(model: Any, config: ImagineOPDConfig, peft_config: Any = Non
         _train_adapter(model)
     elif peft_config is not None or config.use_peft:
         freezes = config.use_peft if freezes is None and peft_config is None else freezes
-        model = add_adapter(model, peft_config or make_lora_config(model, config, bool(freezes)))
+        peft_config = peft_config or make_lora_config(model, config, bool(freezes))
+        with torch.random.fork_rng(devices=[]):  # first weights of the run's seed: a run begun again begins the same
+            torch.manual_seed(config.seed)
+            model = add_adapter(model, peft_config)
     if freezes and has_adapter(model):
         _refuse_trained_vision(model)
     elif freezes:

@@ -5,7 +5,8 @@ What each guard is lives in a file of its own; here they meet the step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +16,16 @@ from imagine_opd.answers import has_answer_tag
 from imagine_opd.batches import BatchBuilder, MicroBatch
 from imagine_opd.completion_logger import CompletionLogger, CompletionSample
 from imagine_opd.config import ImagineOPDConfig
-from imagine_opd.errors import DeviceMemoryError
 from imagine_opd.image_identity import refuse_foreign_images
 from imagine_opd.kernels import TokenStats
-from imagine_opd.memory_advice import explain_out_of_memory, is_out_of_memory, read_facts, read_memory_gib
+from imagine_opd.memory_advice import (
+    explain_out_of_memory,
+    explain_pass,
+    explained_memory,
+    read_facts,
+    read_memory_gib,
+    read_pass,
+)
 from imagine_opd.models import get_head
 from imagine_opd.monitors import CollapseCallback
 from imagine_opd.nonfinite import NonfiniteGuard, describe_micro_batch
@@ -81,7 +88,12 @@ class RunGuards:
 
     def start_probe(self, student: Any, rows: Sequence[Row]) -> None:
         """Make the probe of these rows and measure it. `student` may be wrapped."""
-        with self.teacher.gathered(student) as module:
+        explained = self.explained_check(
+            "the privilege probe before step 0",
+            lambda: [pair for pair in self.builder.build_pairs(rows) if pair is not None],
+            "probe_rows",
+        )
+        with explained, self.teacher.gathered(student) as module:
             self.probe = build_probe(
                 rows,
                 self.builder.processor,
@@ -97,12 +109,14 @@ class RunGuards:
 
     def check_teacher(self, step: int) -> None:
         """The periodic check; raises `TeacherError`."""
-        if self.record is None:
+        record = self.record
+        if record is None:
             return
         model = self.trainer.model_wrapped
-        with self.trainer.accelerator.autocast(), torch.no_grad():
+        explained = self.explained_check(f"the teacher checks at step {step}", lambda: record.pairs)
+        with explained, self.trainer.accelerator.autocast(), torch.no_grad():
             figures = check_teacher_again(
-                self.record,
+                record,
                 lambda function: run_inside(model, function),
                 lambda function: self.teacher.run(model, function),
                 self.builder.engine.token_ids.pad,
@@ -197,16 +211,34 @@ class RunGuards:
             is_counted = found is not None and self.trainer.args.process_index == 0  # all processes leave it out
             self.metrics.add_total("nonfinite_steps", float(is_counted))
 
-    def explain_error(self, error: BaseException, batch: MicroBatch, plan_advice: Sequence[str] = ()) -> None:
-        """Raise `DeviceMemoryError` when memory ran out in a micro-batch; else return, for the error to go on."""
-        if not is_out_of_memory(error):
-            return
-        text = explain_out_of_memory(
-            error,
-            read_facts(batch),
-            batch_size=self.args.per_device_train_batch_size,
-            gradient_checkpointing=self.args.gradient_checkpointing,
-            memory_gib=read_memory_gib(self.args.device),
-            plan_advice=plan_advice,
-        )
-        raise DeviceMemoryError(text) from error
+    @contextmanager
+    def explained_batch(self, batch: MicroBatch) -> Iterator[None]:
+        """Memory that runs out inside becomes a `DeviceMemoryError` with the micro-batch's numbers."""
+        plan = self.trainer.run_plan
+
+        def explain(error: BaseException) -> str:
+            return explain_out_of_memory(
+                error,
+                read_facts(batch),
+                batch_size=self.args.per_device_train_batch_size,
+                gradient_checkpointing=self.args.gradient_checkpointing,
+                memory_gib=read_memory_gib(self.args.device),
+                plan_advice=plan.advise() if plan is not None else (),
+            )
+
+        with explained_memory(explain):
+            yield
+
+    @contextmanager
+    def explained_check(
+        self, name: str, make_pairs: Callable[[], Sequence[PromptPair]], field: str = "teacher_check_rows"
+    ) -> Iterator[None]:
+        """The same for a check on the teacher's prompts of a few rows, whose number is the config's `field`."""
+
+        def explain(error: BaseException) -> str:
+            facts = read_pass(name, [pair.teacher for pair in make_pairs()], self.args.max_completion_length)
+            memory_gib = read_memory_gib(self.args.device)
+            return explain_pass(error, facts, field, memory_gib=memory_gib, plan_advice=self.builder.weights_advice)
+
+        with explained_memory(explain):
+            yield

@@ -23,6 +23,7 @@ from imagine_opd.memory import (
     plan_memory,
     read_memory_settings,
     read_model_shape,
+    show_gib,
 )
 from imagine_opd.peft_models import has_adapter
 from imagine_opd.privilege import ViewFunction, build_pairs
@@ -48,6 +49,11 @@ class RunPlan:
     def advise(self) -> list[str]:
         """What would lower the peak, the largest first."""
         return advise_memory(self.plan)
+
+    def advise_weights(self) -> list[str]:
+        """What would lower the weights that are held through every pass."""
+        held = self.plan.get_bytes("teacher weights") if self.placement == "copy" else 0
+        return [f"teacher_placement='cpu': {show_gib(held)} of the teacher's weights leave the device"] if held else []
 
 
 def plan_run(

@@ -87,7 +87,7 @@ def refuse_other_vocabulary(student: Any, teacher: Any, processor: Any, source: 
     if student_size != teacher_size:
         raise TeacherError(
             f"the teacher's vocabulary has {teacher_size} entries, the student's {student_size}: "
-            "token ids would mean different words; use a teacher of the same family and size of vocabulary"
+            f"{_advise_size(student_size, teacher_size, max(processor.tokenizer.get_vocab().values()) + 1)}"
         )
     if not isinstance(source, torch.nn.Module):
         other = load_processor(None, source).tokenizer.get_vocab()
@@ -98,3 +98,17 @@ def refuse_other_vocabulary(student: Any, teacher: Any, processor: Any, source: 
                 f"the teacher's tokenizer differs from the student's in {len(differing)} tokens "
                 f"(first: {differing[0]!r}): use a teacher with the same tokenizer"
             )
+
+
+def _advise_size(student_size: int, teacher_size: int, words: int) -> str:
+    """How two heads become of one size. Rows behind the tokenizer's last word are padding: cutting them loses nothing,
+    while rows added to the shorter head would be new words that no one trained."""
+    smaller, larger = sorted((student_size, teacher_size))
+    if words > smaller:
+        return f"the tokenizer has {words} words; use a teacher of the same family, whose tokenizer is the student's"
+    longer = "teacher" if teacher_size > student_size else "student"
+    return (
+        f"the student's tokenizer has {words} words. Where the teacher's is the same, entries {smaller} to "
+        f"{larger - 1} are padding: cut them with {longer}.resize_token_embeddings({smaller}), so that vocab_size is "
+        f"the same in both, and pass the loaded {longer}. Else use a teacher of the same family"
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from imagine_opd.adapters import count_features
 from imagine_opd.errors import TeacherError
 from imagine_opd.kernels import TokenStats, linear_token_stats
 from imagine_opd.models import get_head
+from imagine_opd.positions import own_positions
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.scoring import score_side
 from imagine_opd.sharding import gather_parameters
@@ -27,6 +28,7 @@ from imagine_opd.types import Prompt, PromptPair, Rollouts
 _DRIFT_LIMIT = 0.05
 _ROLLOUT_DRIFT_LIMIT = 0.1  # bf16 activations differ by 0.01 to 0.05 between a cached and a whole forward
 _UNIFORM_MARGIN = 0.02
+_IMAGE_LIMIT = 1e-6  # of the largest hidden state; a forward repeated on the same inputs gives 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,9 @@ class TeacherReport:
 
     rollout_drift: mean |log-prob when sampled - log-prob when scored| of the student's own completions: the two
         paths through the model must agree (0 up to rounding).
+    teacher_drift: the same of the teacher's own greedy completions under its view.
+    image_effect_student, image_effect_teacher: largest change of a side's hidden states when its pixels are negated,
+        of the largest hidden state: 0 when no image reaches the language model.
     identical_view_drift: largest |log p_S - log p_T| with both sides under the student's view (0 for a copy).
     teacher_entropy: mean entropy of the teacher under its own view; ln V would be a dead teacher.
     privilege_gap: mean log-prob of the teacher's own greedy trace under its view, minus under the student's: what
@@ -44,6 +49,9 @@ class TeacherReport:
 
     rows: int
     rollout_drift: float
+    teacher_drift: float
+    image_effect_student: float
+    image_effect_teacher: float
     identical_view_drift: float
     teacher_entropy: float
     privilege_gap: float
@@ -87,7 +95,10 @@ def check_teacher(
             own = engine.generate(module, [pair.teacher for pair in pairs], greedy)
             if not own.completion_mask_BT.any():
                 raise TeacherError(f"the teacher wrote nothing for {len(pairs)} probe rows: its first token is an end")
-            entropy = _mean_entropy(module, pairs, own, pad_id)
+            entropy, teacher_drift = _score_own(module, [pair.teacher for pair in pairs], own, pad_id)
+            image_effect_teacher = measure_image_effect(module, [pair.teacher for pair in pairs], own, pad_id)
+        with gather_parameters(student) as whole:
+            image_effect_student = measure_image_effect(whole, [pair.student for pair in pairs], own, pad_id)
         seen = _score_views(student, teacher, pairs, own, pad_id, "teacher")
         same = _score_views(student, teacher, pairs, own, pad_id, "student")
     finally:
@@ -95,6 +106,9 @@ def check_teacher(
     report = TeacherReport(
         rows=len(pairs),
         rollout_drift=rollout_drift,
+        teacher_drift=teacher_drift,
+        image_effect_student=image_effect_student,
+        image_effect_teacher=image_effect_teacher,
         identical_view_drift=float((same.student_logprob_N - same.teacher_logprob_N).abs().max()),
         teacher_entropy=entropy,
         privilege_gap=float((seen.teacher_logprob_N - seen.student_logprob_N).mean()),
@@ -113,11 +127,22 @@ def measure_rollout_drift(
     mask_BT = rollouts.completion_mask_BT
     if not mask_BT.any():
         return 0.0
+    pad_id = engine.token_ids.pad
     with torch.no_grad():
-        hidden_ND = score_side(student, prompts, rollouts, mask_BT, engine.token_ids.pad)
+        with own_positions(student, prompts, rollouts, pad_id, "student"):
+            hidden_ND = score_side(student, prompts, rollouts, mask_BT, pad_id)
         ids_N = rollouts.completion_ids_BT[mask_BT]
         stats = linear_token_stats(hidden_ND, get_head(student), None, None, ids_N, temperature=sampling.temperature)
     return float((stats.student_logprob_N - rollouts.sampling_logprobs_BT[mask_BT]).abs().mean())
+
+
+def measure_image_effect(model: Any, prompts: Sequence[Prompt], rollouts: Rollouts, pad_id: int) -> float:
+    """Largest change of the hidden states at the completions' tokens when every pixel is negated, of the largest."""
+    negated = [replace(prompt, view=replace(prompt.view, pixel_values=-prompt.view.pixel_values)) for prompt in prompts]
+    mask_BT = rollouts.completion_mask_BT
+    with torch.no_grad():
+        seen_ND, other_ND = (score_side(model, shown, rollouts, mask_BT, pad_id) for shown in (prompts, negated))
+        return float((seen_ND - other_ND).abs().max() / seen_ND.abs().max().clamp_min(1e-30))
 
 
 def refuse_blind_prompt(prompt: Prompt, side: str, model: Any = None) -> None:
@@ -151,7 +176,8 @@ def refuse_blind_prompt(prompt: Prompt, side: str, model: Any = None) -> None:
 
 
 def refuse_bad_report(report: TeacherReport, vocabulary_size: int, expect_identical: bool) -> None:
-    """Raise `TeacherError` for a dead teacher, or one that disagrees with the student under one view."""
+    """Raise `TeacherError` for a dead, misaligned or blind teacher, a blind student, or copies that disagree under one
+    view."""
     if not math.isfinite(report.teacher_entropy):
         raise TeacherError(f"the teacher's entropy is {report.teacher_entropy}: its weights hold NaN or infinity")
     uniform = math.log(vocabulary_size)
@@ -165,6 +191,18 @@ def refuse_bad_report(report: TeacherReport, vocabulary_size: int, expect_identi
             f"the student's completions are scored {report.rollout_drift:.3g} nats per token away from how they were "
             f"sampled (limit {_ROLLOUT_DRIFT_LIMIT}): the model does not see the same prompt in both"
         )
+    if not report.teacher_drift <= _ROLLOUT_DRIFT_LIMIT:
+        raise TeacherError(
+            f"the teacher's own completions are scored {report.teacher_drift:.3g} nats per token away from how it "
+            f"wrote them (limit {_ROLLOUT_DRIFT_LIMIT}): it is misaligned, its scores belong to other positions or "
+            "another prompt"
+        )
+    for side, effect in (("student", report.image_effect_student), ("teacher", report.image_effect_teacher)):
+        if not effect > _IMAGE_LIMIT:
+            raise TeacherError(
+                f"the {side} is blind: its hidden states stay as they are when the pixels of its images are negated "
+                f"(change {effect:.3g}); its vision weights are lost, or its images do not reach the language model"
+            )
     if expect_identical and not report.identical_view_drift <= _DRIFT_LIMIT:
         raise TeacherError(
             f"teacher and student hold the same weights and saw the same view, yet their log-probs differ by "
@@ -179,7 +217,7 @@ def _score_views(
     mask_BT = rollouts.completion_mask_BT
     prompts = [getattr(pair, teacher_view) for pair in pairs]
     with torch.no_grad():
-        with teacher.gathered(student) as module:
+        with teacher.gathered(student) as module, own_positions(module, prompts, rollouts, pad_id, "teacher"):
             teacher_hidden_ND = score_side(module, prompts, rollouts, mask_BT, pad_id)
         with gather_parameters(student) as whole, teacher.open_head(student) as head:
             student_hidden_ND = score_side(whole, [pair.student for pair in pairs], rollouts, mask_BT, pad_id)
@@ -187,13 +225,16 @@ def _score_views(
             return linear_token_stats(student_hidden_ND, get_head(whole), teacher_hidden_ND, head, ids_N)
 
 
-def _mean_entropy(teacher: Any, pairs: Sequence[PromptPair], rollouts: Rollouts, pad_id: int) -> float:
+def _score_own(teacher: Any, prompts: Sequence[Prompt], rollouts: Rollouts, pad_id: int) -> tuple[float, float]:
+    """Mean entropy of the teacher on its own completions, and mean |log-prob when written - when scored|."""
     mask_BT = rollouts.completion_mask_BT
     with torch.no_grad():
-        hidden_ND = score_side(teacher, [pair.teacher for pair in pairs], rollouts, mask_BT, pad_id)
+        with own_positions(teacher, prompts, rollouts, pad_id, "teacher"):
+            hidden_ND = score_side(teacher, prompts, rollouts, mask_BT, pad_id)
         ids_N = rollouts.completion_ids_BT[mask_BT]
         stats = linear_token_stats(hidden_ND, get_head(teacher), None, None, ids_N)
-    return float(stats.entropy_N.mean())
+    drift_N = (stats.student_logprob_N - rollouts.sampling_logprobs_BT[mask_BT]).abs()
+    return float(stats.entropy_N.mean()), float(drift_N.mean())
 
 
 def _mean_image_tokens(prompts: Sequence[Prompt]) -> float:

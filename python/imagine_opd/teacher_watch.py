@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from imagine_opd.errors import TeacherError
 from imagine_opd.kernels import TokenStats, linear_token_stats
 from imagine_opd.models import get_head
+from imagine_opd.positions import own_positions
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.scoring import score_side
 from imagine_opd.teacher_checks import refuse_blind_prompt
@@ -53,7 +54,7 @@ def record_teacher(
     mask_BT = rollouts.completion_mask_BT
     if not mask_BT.any():
         raise TeacherError(f"the teacher wrote nothing for {len(prompts)} probe rows: its first token is an end token")
-    logprobs_N = _score_completions(teacher, prompts, rollouts, engine.token_ids.pad).student_logprob_N
+    logprobs_N = _score_completions(teacher, prompts, rollouts, engine.token_ids.pad, "teacher").student_logprob_N
     drift = float((logprobs_N - rollouts.sampling_logprobs_BT[mask_BT]).abs().mean())
     if not drift <= DRIFT_LIMIT:
         raise TeacherError(
@@ -80,7 +81,7 @@ def check_teacher_again(
 
     def score(side: str) -> Callable[[Any], TokenStats]:
         prompts = [getattr(pair, side) for pair in record.pairs]
-        return lambda module: _score_completions(module, prompts, record.rollouts, pad_id)
+        return lambda module: _score_completions(module, prompts, record.rollouts, pad_id, side)
 
     teacher, student = run_teacher(score("teacher")), run_student(score("student"))
     entropy = float(teacher.entropy_N.mean())
@@ -145,13 +146,14 @@ class TeacherWatchCallback(TrainerCallback):
             refuse_drift(float(logs["rollout_drift"]), state.global_step)
 
 
-def _score_completions(model: Any, prompts: Sequence[Prompt], rollouts: Rollouts, pad_id: int) -> TokenStats:
+def _score_completions(model: Any, prompts: Sequence[Prompt], rollouts: Rollouts, pad_id: int, side: str) -> TokenStats:
     mask_BT = rollouts.completion_mask_BT
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            hidden_ND = score_side(model, prompts, rollouts, mask_BT, pad_id)
+            with own_positions(model, prompts, rollouts, pad_id, side):
+                hidden_ND = score_side(model, prompts, rollouts, mask_BT, pad_id)
             ids_N = rollouts.completion_ids_BT[mask_BT]
             return linear_token_stats(hidden_ND, get_head(model), None, None, ids_N)
     finally:

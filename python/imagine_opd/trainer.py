@@ -152,6 +152,7 @@ class ImagineOPDTrainer(SafeSaving):
             student_view,
             teacher_view,
             refuse_idle_rewards(read_reward_functions(reward_funcs), args),
+            self.run_plan.advise_weights() if self.run_plan is not None else (),
         )
         self.guards = RunGuards(self, self.builder, self.teacher)
         for callback in self.guards.make_callbacks():
@@ -251,7 +252,8 @@ class ImagineOPDTrainer(SafeSaving):
                 return hidden_ND, None
             return hidden_ND, score_teacher(teacher, batch, active_BT, self.token_ids.pad, neutral=True)
 
-        with self.step_metrics.stage("teacher"):
+        # Here too: with step advantages the teacher runs before the step, outside of `training_step`.
+        with self.guards.explained_batch(batch), self.step_metrics.stage("teacher"):
             return self.teacher.run(model, compute)
 
     def _note_objective(self, result: Objective) -> None:
@@ -264,11 +266,8 @@ class ImagineOPDTrainer(SafeSaving):
     def training_step(self, model: Any, inputs: MicroBatch, num_items_in_batch: Any = None) -> torch.Tensor:
         """The Trainer's step, timed and guarded."""
         with self.step_metrics.stage("step"):
-            try:
+            with self.guards.explained_batch(inputs):
                 loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-            except (RuntimeError, MemoryError) as error:
-                self.guards.explain_error(error, inputs, self.run_plan.advise() if self.run_plan is not None else ())
-                raise
             self.guards.settle_step(model, self.optimizer, loss, inputs)
         return loss
 
@@ -326,7 +325,8 @@ class ImagineOPDTrainer(SafeSaving):
         ]
         if not pairs:
             raise RowError(f"none of the first {count} rows can be used; see the messages above")
-        with self.accelerator.autocast():
+        explained = self.guards.explained_check("the teacher checks before step 0", lambda: pairs)
+        with explained, self.accelerator.autocast():
             self.teacher_report = check_teacher(
                 self.model_wrapped,
                 self.teacher,
