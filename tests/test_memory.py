@@ -44,6 +44,7 @@ from imagine_opd.memory.items import PHASES
 from imagine_opd.privilege import build_prompts
 from imagine_opd.settings import make_privilege_config
 from imagine_opd.views import make_views
+from imagine_opd.vision_tower import freeze_vision_tower
 
 # shapes
 
@@ -107,6 +108,17 @@ def test_real_prompts_are_measured_at_their_longest(tiny, make_rows):
     assert (student.image_tokens, student.patches) == (9, 36)
     assert (teacher.image_tokens, teacher.patches) == (13, 52)
     assert student.tokens == max(len(pair.student.input_ids) for pair in pairs)
+
+
+@pytest.mark.parametrize("build", [build_qwen3_config, build_gemma_config])
+def test_what_freeze_vision_freezes_is_what_the_planner_leaves_out(build):
+    """The tower and its projector, wherever a family keeps it."""
+    model = build_model(build())
+    numel = read_model_shape(model).numel
+    freeze_vision_tower(model)
+    left = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert left < numel
+    assert plan_memory(build(), make_settings(VIEW, freeze_vision=True)).trained_numel == left
 
 
 @pytest.mark.parametrize("source", [torch.nn.Linear, 7])

@@ -16,22 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from imagine_opd.errors import ConfigError
-from imagine_opd.peft_models import ADAPTER_FILE, ADAPTER_WEIGHTS, find_adapter_layers, has_adapter
+from imagine_opd.peft_models import ADAPTER_FILE, ADAPTER_WEIGHTS, find_adapter_layers, get_base, has_adapter
+from imagine_opd.sharding import gather_full_tensor
 
 
 def get_local(tensor: Tensor) -> Tensor:
     """This process's shard of a sharded tensor; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def get_whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered (every process must call); any other tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def get_base(model: Any) -> Any:
-    """The model inside a `PeftModel`; any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def find_lora_layers(model: Any) -> dict[str, Any]:
@@ -77,14 +68,14 @@ def refuse_other_adapter(name: str, layer: Any) -> None:
 def compute_delta(layer: Any, whole: bool = False) -> Tensor:
     """`[O, I]` fp32: the merged weight minus the base weight. Of a sharded layer the process's own rows, or with
     `whole` all of them (every process must call)."""
-    take = get_whole if whole else get_local
+    take = gather_full_tensor if whole else get_local
     with torch.no_grad():
         base_OI = take(layer.get_base_layer().weight).float()
         delta_OI = torch.zeros_like(base_OI)
         for adapter in layer.active_adapters:
             if adapter not in layer.lora_A:
                 continue
-            a_RI = get_whole(layer.lora_A[adapter].weight).float()
+            a_RI = gather_full_tensor(layer.lora_A[adapter].weight).float()
             b_OR = take(layer.lora_B[adapter].weight).float()
             low_rank_OI = layer.scaling[adapter] * (b_OR @ a_RI)
             if adapter in layer.lora_magnitude_vector:
@@ -98,7 +89,7 @@ def compute_delta(layer: Any, whole: bool = False) -> Tensor:
 def has_no_effect(model: Any) -> bool:
     """Whether the adapter is a fresh LoRA or DoRA, which changes nothing yet."""
     matrices = [b for layer in find_adapter_layers(model) for b in getattr(layer, "lora_B", {}).values()]
-    return bool(matrices) and all(not bool(get_whole(matrix.weight).any()) for matrix in matrices)
+    return bool(matrices) and all(not bool(gather_full_tensor(matrix.weight).any()) for matrix in matrices)
 
 
 def compute_merged_state(model: Any) -> dict[str, Tensor]:
@@ -115,7 +106,7 @@ def compute_merged_state(model: Any) -> dict[str, Tensor]:
             name = f"{owner.removesuffix('.base_layer')}.{last}"
         elif ".lora_" in name or name.startswith(tuple(f"{wrapper}." for wrapper in saved)):
             continue
-        value = get_whole(tensor)
+        value = gather_full_tensor(tensor)
         if name in layers:
             value = (value.float() + compute_delta(layers[name], whole=True)).to(tensor.dtype)
         state[name] = value.detach().cpu()
@@ -123,7 +114,7 @@ def compute_merged_state(model: Any) -> dict[str, Tensor]:
         active = wrapper.modules_to_save[wrapper.active_adapters[0]]
         for last, tensor in active.state_dict().items():
             original = wrapper.original_module.state_dict()[last]
-            state[f"{name}.{last}"] = get_whole(tensor).detach().to(original.dtype).cpu()
+            state[f"{name}.{last}"] = gather_full_tensor(tensor).detach().to(original.dtype).cpu()
     return state
 
 

@@ -145,6 +145,11 @@ def load_adapter(base: Any, folder: str | Path) -> Any:
     return model
 
 
+def get_base(model: Any) -> Any:
+    """The model inside a `PeftModel`; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def find_adapter_layers(model: nn.Module) -> list[Any]:
     """Every layer that an adapter changes or stands in for."""
     if "peft" not in sys.modules:

@@ -38,7 +38,7 @@ def is_sharded(model: Any) -> bool:
 
 
 def unwrap_parallel(model: Any) -> Any:
-    """The model inside DDP, a DeepSpeed engine or `torch.compile`."""
+    """The model inside DDP, a DeepSpeed engine or `torch.compile`. FSDP2 is the model itself."""
     from torch.nn.parallel import DistributedDataParallel
 
     while True:
