@@ -152,6 +152,13 @@ def read_model_shape(source: Any) -> ModelShape:
     )
 
 
+def read_adapter(shape: ModelShape) -> dict[str, Any]:
+    """Rank and kind of the adapter that the model carries, under the names of the config's fields; else nothing."""
+    adapters = [p for p in shape.parameters if p.is_adapter]
+    ranks = [p.shape[0] for p in adapters if "lora_A" in p.name]
+    return {"lora_r": max(ranks), "use_dora": any("magnitude" in p.name for p in adapters)} if ranks else {}
+
+
 def build_meta_model(config: Any) -> Any:
     """The model of a config, without memory for its weights."""
     from transformers import AutoModelForImageTextToText, PretrainedConfig
