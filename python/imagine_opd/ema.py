@@ -29,7 +29,7 @@ from imagine_opd.distributed import get_place
 from imagine_opd.errors import ConfigError, TeacherError
 from imagine_opd.merging import compute_delta, find_lora_layers, find_saved_modules, get_local
 from imagine_opd.peft_models import adapters_off, get_base
-from imagine_opd.sharding import gather_full_tensor, unwrap_parallel
+from imagine_opd.sharding import gather_full_tensor, strip_wrappers, unwrap_parallel
 from imagine_opd.student import open_forward, paused
 from imagine_opd.teacher_kinds import AdapterOffTeacher, HeldTeacher, Teacher, refuse_zero3
 
@@ -250,7 +250,8 @@ def list_differences(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def list_trained(student: nn.Module) -> dict[str, Tensor]:
     """The student's weights by name."""
-    return {name: parameter.data for name, parameter in reshard(unwrap_parallel(student)).named_parameters()}
+    named = reshard(unwrap_parallel(student)).named_parameters()
+    return {strip_wrappers(name): parameter.data for name, parameter in named}
 
 
 def reshard(model: Any) -> Any:

@@ -129,6 +129,11 @@ def read_base_name(folder: str | Path) -> str:
             f"{path}: base_model_name_or_path is empty, the adapter was trained on a model that has no name; load that "
             "model and put the adapter on it with peft.PeftModel.from_pretrained"
         )
+    if Path(str(base)).resolve() == Path(folder).resolve():
+        raise ConfigError(
+            f"{path}: the adapter names its own folder as its base ({str(base)!r}); write the model it was trained on "
+            "into base_model_name_or_path"
+        )
     return str(base)
 
 

@@ -50,6 +50,11 @@ def unwrap_parallel(model: Any) -> Any:
             return model
 
 
+def strip_wrappers(name: str) -> str:
+    """A parameter's name without what FSDP's activation checkpointing puts into it."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
 @contextmanager
 def gather_parameters(model: Any) -> Iterator[Any]:
     """The unwrapped model with whole weights on every rank, for generation; sharded again on leaving.
@@ -81,6 +86,19 @@ def gather_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     return tensor.detach()
+
+
+@contextmanager
+def building_whole() -> Iterator[None]:
+    """Models made inside are whole: transformers would have DeepSpeed ZeRO-3 split them, by all processes together."""
+    from transformers.integrations import deepspeed as integration
+
+    kept = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept
 
 
 def shard_like(teacher: Any, student: Any) -> Any:
