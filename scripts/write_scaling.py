@@ -17,7 +17,8 @@ from imagine_opd.memory import (
     read_model_shape,
 )
 from imagine_opd.memory.activations import ForwardLoad, count_cache_bytes
-from imagine_opd.memory.items import GIB, StepMemory
+from imagine_opd.memory.items import StepMemory
+from imagine_opd.memory.settings import GIB
 
 # hidden, layers, heads, intermediate, tied, and of the vision tower: depth, hidden, intermediate, deepstack
 SIZES = {

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from memory_models import build_published_config
 
 from imagine_opd.cli.train import read_config, read_numbers
 from imagine_opd.config import build_config
 from imagine_opd.demo.recipe import TINY_RECIPE
+from imagine_opd.memory import MemoryPlan, estimate_view, plan_memory, read_memory_settings
+from imagine_opd.memory.settings import GIB
 from imagine_opd.trainer import ImagineOPDTrainer
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
@@ -49,6 +54,39 @@ def test_recipe_loads_and_trains_two_steps(path, tiny, make_rows, tmp_path):
     assert any(loss != 0 for loss in losses)
     after = trainer.model.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def plan_recipe(path: Path) -> tuple[MemoryPlan, str]:
+    """The plan of one process for a 4B model, as many processes as the recipe's comment says, all images at their
+    largest: two crops in the teacher's view. And the comment."""
+    text = path.read_text()
+    found = re.search(r"on (one card|(\d+) cards) of 80 GB", text)
+    count = int(found[2] or 1)
+    recipe = {name: value for name, value in read_numbers(read_config(path)).items() if name not in CALL}
+    args = build_config("unused", {**recipe, "bf16": False, "use_cpu": True, "report_to": []})
+    crop = args.crop_max_pixels or args.max_pixels
+    whole = [] if args.teacher_view == "crops_only" else [args.max_pixels]
+    model = build_published_config(2560, 36, 32, 9728, True)
+    views = (estimate_view(model, images, 600) for images in ([args.max_pixels], [*whole, crop, crop]))
+    own = {
+        "compute_dtype": "bfloat16" if recipe["bf16"] else "float32",
+        "lora_r": args.lora_r if args.use_peft else 0,
+        "freeze_vision": args.use_peft if args.freeze_vision is None else args.freeze_vision,
+        "parallelism": "fsdp2" if count > 1 else "none",
+        "num_processes": count,
+    }
+    return plan_memory(model, read_memory_settings(args, *views, **own)), text
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipe_fits_the_cards_that_its_comment_says(path):
+    plan, text = plan_recipe(path)
+    assert plan.device_bytes < 0.95 * 79 * GIB, plan.describe()
+    if plan.settings.num_processes > 1:
+        launch = f"accelerate/fsdp2.yaml --num_processes {plan.settings.num_processes} -m imagine_opd train"
+        assert f"{launch} configs/{path.name}" in text
+        alone = dataclasses.replace(plan.settings, parallelism="none", num_processes=1)
+        assert plan_memory(plan.shape, alone).device_bytes > 79 * GIB  # one card would not do
 
 
 def test_recipes_are_the_four_the_docs_speak_of():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ema_ranks import compare_average
 from processes import run_in_processes
-from weight_cases import LORA, make_inputs, make_student, project, shake
+from weight_cases import LORA, make_inputs, make_student, project, shake, wrap_layers
 
 from imagine_opd.ema import Shadows
 from imagine_opd.errors import ConfigError
@@ -189,6 +189,31 @@ def test_weights_that_deepspeed_split_are_refused(tiny, tmp_path, fields):
     next(student.parameters()).ds_id = 0  # DeepSpeed's mark of a parameter in pieces
     with pytest.raises(ConfigError, match="ZeRO-3 holds the student.s weights in pieces"):
         teacher.update(student)
+    with pytest.raises(ConfigError, match="use FSDP2"):
+        build_teacher(student, tiny.processor, kind="ema")
     if not fields:
         with pytest.raises(ConfigError, match="use FSDP2"):
             build_teacher(student, tiny.processor)
+
+
+def test_whole_weights_that_deepspeed_holds_are_no_average_either(tiny, tmp_path):
+    """Gathered while the teacher is built, they are in pieces at the first step."""
+    student = make_student(tiny, tmp_path)
+    for parameter in student.parameters():
+        parameter.ds_id, parameter.ds_numel = 0, parameter.numel()
+    with pytest.raises(ConfigError, match="teacher can neither copy nor follow"):
+        build_teacher(student, tiny.processor, kind="ema")
+
+
+@pytest.mark.parametrize("fields", [{}, LORA], ids=["full", "lora"])
+def test_average_follows_through_fsdps_activation_checkpoints(tiny, tmp_path, fields):
+    student = make_student(tiny, tmp_path, **fields)
+    plain = copy.deepcopy(student)
+    teacher, expected = (make_teacher(tiny, model, update_rate=0.5) for model in (student, plain))
+    wrap_layers(student)
+    for model, follower in ((student, teacher), (plain, expected)):
+        shake(model)
+        follower.update(model)
+    state = expected.state_dict()
+    assert teacher.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())

@@ -26,6 +26,7 @@ from transformers import (
     LlavaOnevisionConfig,
     SmolVLMConfig,
 )
+from weight_cases import make_student
 
 from imagine_opd.config import ImagineOPDConfig
 from imagine_opd.errors import ConfigError
@@ -40,10 +41,12 @@ from imagine_opd.memory import (
     read_memory_settings,
     read_model_shape,
 )
-from imagine_opd.memory.items import PHASES
+from imagine_opd.memory.settings import PHASES
 from imagine_opd.privilege import build_prompts
 from imagine_opd.settings import make_privilege_config
+from imagine_opd.teacher import build_teacher
 from imagine_opd.views import make_views
+from imagine_opd.vision_tower import freeze_vision_tower
 
 # shapes
 
@@ -109,6 +112,17 @@ def test_real_prompts_are_measured_at_their_longest(tiny, make_rows):
     assert student.tokens == max(len(pair.student.input_ids) for pair in pairs)
 
 
+@pytest.mark.parametrize("build", [build_qwen3_config, build_gemma_config])
+def test_what_freeze_vision_freezes_is_what_the_planner_leaves_out(build):
+    """The tower and its projector, wherever a family keeps it."""
+    model = build_model(build())
+    numel = read_model_shape(model).numel
+    freeze_vision_tower(model)
+    left = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert left < numel
+    assert plan_memory(build(), make_settings(VIEW, freeze_vision=True)).trained_numel == left
+
+
 @pytest.mark.parametrize("source", [torch.nn.Linear, 7])
 def test_what_is_no_model_is_refused(source):
     with pytest.raises(ConfigError, match="neither a model nor a config"):
@@ -138,6 +152,15 @@ def test_processes_share_what_their_kind_shares():
     assert zero.get_bytes("student weights") == 2 * numel // 8
     assert zero.get_bytes("fp32 master weights") == 4 * numel // 8
     assert zero.get_bytes("optimizer states") == 8 * numel // 8
+    # stages 1 and 2 of DeepSpeed split what the optimizer holds, and 2 the gradients; the weights stay whole
+    for stage, gradients in ((1, 2 * numel), (2, 2 * numel // 8)):
+        plan = share(f"zero{stage}", compute_dtype="bfloat16")
+        assert plan.get_bytes("student weights") == 2 * numel
+        assert plan.get_bytes("gradients") == gradients
+        assert plan.get_bytes("fp32 master weights") == 4 * numel // 8
+        assert plan.get_bytes("optimizer states") == 8 * numel // 8
+        assert plan.get_bytes("gathered weights") == 0
+        assert plan.get_bytes("teacher weights") == 4 * numel
     assert fsdp.get_bytes("gathered weights") == 4 * (
         2 * max(one.shape.block_numels.values()) + one.shape.resident_numel
     )
@@ -215,9 +238,31 @@ def test_a_streamed_teacher_costs_two_blocks_and_what_stays_outside_blocks(shape
     assert plan.host_bytes == 2 * shape_4b.numel
 
 
-def test_ema_of_adapters_is_the_dense_delta_and_of_weights_all_of_them(shape_4b, big_settings):
+@pytest.mark.parametrize("placement", ["device", "cpu"])
+@pytest.mark.parametrize("teacher_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_teacher_and_average_take_what_the_plan_says(tiny, tmp_path, teacher_dtype, frozen, placement):
+    """In fp32 the teacher's weights hold the average; what is frozen is not averaged, and in a like copy shared."""
+    student = make_student(tiny, tmp_path, freeze_vision=frozen)
+    options = {"teacher_dtype": teacher_dtype, "placement": placement}
+    teacher = build_teacher(student, tiny.processor, kind="ema", **options)
+    kept = [*teacher.get_weights().values(), *teacher.shadows.tensors.values()]
+    own = {p.data_ptr() for p in student.parameters()}
+    held = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in kept}
+    where: Any = "cpu" if placement == "cpu" else "copy"
+    settings = make_settings(VIEW, teacher_model_kind="ema", teacher_dtype=teacher_dtype, teacher_placement=where)
+    plan = plan_memory(student, settings)
+    planned = plan.get_bytes("teacher weights") + plan.get_bytes("EMA of the weights")
+    assert planned == sum(size for memory, size in held.items() if memory not in own)
+
+
+def test_ema_of_adapters_is_the_dense_delta_and_of_weights_what_trains(shape_4b, big_settings):
     ema = dataclasses.replace(big_settings, teacher_model_kind="ema")
     assert plan_memory(shape_4b, ema).get_bytes("EMA of the weights") == 4 * shape_4b.numel
+    frozen = plan_memory(shape_4b, dataclasses.replace(ema, freeze_vision=True))
+    assert frozen.get_bytes("EMA of the weights") == 4 * frozen.trained_numel < 4 * shape_4b.numel
+    alike = dataclasses.replace(ema, teacher_dtype=None)
+    assert plan_memory(shape_4b, alike).get_bytes("EMA") == 0
     lora = dataclasses.replace(ema, lora_r=16, lora_targets=("q_proj",))
     assert plan_memory(shape_4b, lora).get_bytes("EMA of the merged delta") == 4 * 36 * 2560 * 4096
     streamed = plan_memory(shape_4b, dataclasses.replace(ema, teacher_placement="cpu"))

@@ -31,7 +31,7 @@ from imagine_opd.memory import (
     ViewSize,
     plan_memory,
 )
-from imagine_opd.memory.items import PHASES
+from imagine_opd.memory.settings import PHASES
 
 # what stays: weights, gradients, optimizer states
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
-from weight_cases import LORA, make_config, make_inputs, make_student, project, shake
+from weight_cases import LORA, make_config, make_inputs, make_student, project, shake, wrap_layers
 
-from imagine_opd.errors import ConfigError
+from imagine_opd import merging
+from imagine_opd.errors import ConfigError, OutputError
 from imagine_opd.merging import save_merged_model
 from imagine_opd.models import find_head, load_model
 from imagine_opd.peft_models import adapters_off, has_adapter, prepare_student
@@ -247,6 +248,30 @@ def test_head_trained_apart_from_tied_embeddings_stays_apart_when_merged(tiny, m
     assert (merged(**inputs).logits - project(inputs)(student.eval())).abs().max() < 1e-4
 
 
+def test_adapter_files_stay_until_the_merged_weights_have_their_shapes(base_folder, tmp_path, monkeypatch):
+    student = prepare_student(load_model(base_folder), make_config(tmp_path, **LORA))
+    student.save_pretrained(tmp_path / "run")
+    state = merging.compute_merged_state(student)
+    name = next(name for name, tensor in state.items() if tensor.dim() == 2)
+    torn = {**state, name: torch.empty(0)}
+    monkeypatch.setattr(merging, "compute_merged_state", lambda model: torn)
+    with pytest.raises(OutputError, match=rf"{name} is \(0,\), expected .*the adapter stays"):
+        merging.replace_adapter(student, tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert "model.safetensors" not in names
+
+
+def test_merged_state_looks_through_fsdps_activation_checkpoints(tiny, tmp_path):
+    student = make_student(tiny, tmp_path, **LORA)
+    shake(student)
+    expected = merging.compute_merged_state(student)
+    wrap_layers(student)
+    found = merging.compute_merged_state(student)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_damaged_adapter_folders_are_refused(base_folder, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -256,6 +281,9 @@ def test_damaged_adapter_folders_are_refused(base_folder, tmp_path):
         load_model(folder)
     config.write_text('{"base_model_name_or_path": ""}')
     with pytest.raises(ConfigError, match="trained on a model that has no name"):
+        load_model(folder)
+    config.write_text(json.dumps({"base_model_name_or_path": f"{folder}/../adapter"}))
+    with pytest.raises(ConfigError, match="names its own folder as its base"):
         load_model(folder)
     config.write_text(json.dumps({"base_model_name_or_path": str(base_folder)}))
     with pytest.raises(ConfigError, match="but no adapter_model.safetensors"):

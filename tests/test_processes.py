@@ -159,14 +159,31 @@ def called_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Te
     return {name: p.detach() for name, p in load_model(folder / "run").named_parameters()}
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def test_shipped_launch_trains_as_one_process(name: str, called_alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def launch(name: str, folder: Path, *options: str) -> dict[str, torch.Tensor]:
+    """The weights that two processes leave under the shipped configuration of that name."""
     if name.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
+    start = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
     ports = ["--main_process_port", str(find_free_port()), "--num_processes", "2"]
-    call = ["-m", "imagine_opd", "train", str(write_call(tmp_path)), "--output_dir", str(tmp_path / "run")]
-    printed = run_command([*launch, *ports, *call], timeout_s=240, env={"ACCELERATE_USE_CPU": "false"})
-    assert f"trained 2 steps; the model is in {tmp_path / 'run'}" in printed
-    saved = {key: p.detach() for key, p in load_model(tmp_path / "run").named_parameters()}
-    assert largest_difference(saved, called_alone) < 1e-5
+    call = ["-m", "imagine_opd", "train", str(write_call(folder)), "--output_dir", str(folder / "run"), *options]
+    printed = run_command([*start, *ports, *call], timeout_s=240, env={"ACCELERATE_USE_CPU": "false"})
+    assert f"trained 2 steps; the model is in {folder / 'run'}" in printed
+    return {key: p.detach() for key, p in load_model(folder / "run").named_parameters()}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_shipped_launch_trains_as_one_process(name: str, called_alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    assert largest_difference(launch(name, tmp_path), called_alone) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "deepspeed_zero3"])
+def test_split_adapter_is_merged_whole(name: str, tmp_path: Path) -> None:
+    merged = launch(name, tmp_path, "--use_peft", "true", "--lora_r", "4", "--merge_adapter", "true")
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+    start = {key: p.detach() for key, p in load_model(base_model_path()).named_parameters()}
+    assert merged.keys() == start.keys()
+    moved = {key for key, value in merged.items() if not torch.equal(value, start[key])}
+    layers = len({key.split(".")[3] for key in moved})
+    assert layers > 0
+    assert len(moved) == 7 * layers  # its attention and its feed-forward, and nothing else
+    assert all(".language_model.layers." in key for key in moved)

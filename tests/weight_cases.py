@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from imagine_opd.config import build_config
 from imagine_opd.models import find_head, get_body
@@ -50,6 +51,13 @@ def shake(model: Any, size: float = 0.05, seed: int = 1) -> None:
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator) * size
                 parameter.add_(noise.to(parameter.dtype))
+
+
+def wrap_layers(model: Any) -> None:
+    """As accelerate's `fsdp_activation_checkpointing` does: names of parameters gain a part."""
+    layers = model.get_decoder().layers
+    for place, layer in enumerate(layers):
+        layers[place] = checkpoint_wrapper(layer)
 
 
 def measure_bytes(model: Any) -> int:

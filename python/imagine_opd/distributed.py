@@ -50,6 +50,18 @@ def gather_figures(own: Any) -> list[Any]:
 # Launches
 
 
+def name_parallelism(args: Any) -> str:
+    """How processes share the model: `none` (one process), `ddp`, `fsdp2`, or DeepSpeed's `zero1`, `zero2`, `zero3`."""
+    if args.world_size == 1:
+        return "none"
+    if args.deepspeed or _is_true("ACCELERATE_USE_DEEPSPEED"):
+        plugin = getattr(args, "deepspeed_plugin", None)
+        # Accelerate's own default is 2.
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") if plugin is None else plugin.zero_stage
+        return f"zero{stage}" if int(stage) else "ddp"
+    return "fsdp2" if args.fsdp or _is_true("ACCELERATE_USE_FSDP") else "ddp"
+
+
 def settle_launch(args: Any) -> None:
     """Make the launch what was asked for, or raise `ConfigError`; call it before the model is loaded.
 

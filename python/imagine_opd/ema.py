@@ -25,11 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from imagine_opd.distributed import get_place
 from imagine_opd.errors import ConfigError, TeacherError
-from imagine_opd.merging import compute_delta, find_lora_layers, find_saved_modules, get_base, get_local, get_whole
-from imagine_opd.peft_models import adapters_off
+from imagine_opd.merging import compute_delta, find_lora_layers, find_saved_modules, get_local
+from imagine_opd.peft_models import adapters_off, get_base
+from imagine_opd.sharding import gather_full_tensor, strip_wrappers, unwrap_parallel
 from imagine_opd.student import open_forward, paused
-from imagine_opd.teacher_kinds import AdapterOffTeacher, HeldTeacher, Teacher, is_first_process, refuse_zero3, unwrap
+from imagine_opd.teacher_kinds import AdapterOffTeacher, HeldTeacher, Teacher, refuse_zero3
 
 EMA_FILE = "teacher_ema.safetensors"
 
@@ -57,7 +59,7 @@ class Shadows:
 
     def gather(self) -> dict[str, Tensor]:
         """Whole copies on CPU. Every process must call."""
-        return {name: get_whole(shadow).detach().to("cpu", copy=True) for name, shadow in self.tensors.items()}
+        return {name: gather_full_tensor(shadow).detach().to("cpu", copy=True) for name, shadow in self.tensors.items()}
 
     def restore(self, state: Mapping[str, Tensor], known: Mapping[str, torch.Size]) -> None:
         """Take the averages of a `gather`. Raises `TeacherError` when they are not those of `known`."""
@@ -98,7 +100,7 @@ class _EmaFiles(Teacher):
     def save(self, folder: str | Path) -> None:
         """See `Teacher.save`: the averages first, so that a `teacher.json` never stands without them."""
         state = self.state_dict()
-        if is_first_process():
+        if get_place()[0] == 0:
             save_file(state, Path(folder, EMA_FILE))
         super().save(folder)
 
@@ -196,12 +198,12 @@ class EmaAdapterTeacher(_EmaFiles, AdapterOffTeacher):
     def update(self, student: nn.Module) -> None:
         """See `Teacher.update`."""
         if self.shadows.is_due():
-            self.shadows.follow(list_differences(reshard(unwrap(student))))
+            self.shadows.follow(list_differences(reshard(unwrap_parallel(student))))
 
     @contextmanager
     def loaded(self, student: nn.Module) -> Iterator[Any]:
         """See `Teacher.loaded`."""
-        model = open_forward(unwrap(student))
+        model = open_forward(unwrap_parallel(student))
         tensors = self.shadows.tensors
         with paused(model), adapters_off(model), ExitStack() as stack:
             for name, layer in find_lora_layers(model).items():
@@ -222,7 +224,7 @@ class EmaAdapterTeacher(_EmaFiles, AdapterOffTeacher):
 def add_difference(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, delta_OI: Tensor) -> Tensor:
     """Forward hook of a linear layer: its output with the averaged difference of its weight."""
     # Narrow first: half as much is gathered.
-    return output + nn.functional.linear(args[0], get_whole(delta_OI.to(args[0].dtype)))
+    return output + nn.functional.linear(args[0], gather_full_tensor(delta_OI.to(args[0].dtype)))
 
 
 def make_twin(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -230,7 +232,7 @@ def make_twin(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn
     twin = copy.copy(module)
     twin.__dict__["_parameters"] = parameters = dict(module._parameters)
     for last, old in module.named_parameters():
-        value = get_whole(tensors[f"{name}.{last}"]).to(old.device, old.dtype)
+        value = gather_full_tensor(tensors[f"{name}.{last}"]).to(old.device, old.dtype)
         parameters[last] = nn.Parameter(value, requires_grad=False)
     for hooks in ("_forward_pre_hooks", "_forward_hooks"):  # of FSDP2: these weights are whole already
         twin.__dict__[hooks] = type(module.__dict__[hooks])()
@@ -248,7 +250,8 @@ def list_differences(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def list_trained(student: nn.Module) -> dict[str, Tensor]:
     """The student's weights by name."""
-    return {name: parameter.data for name, parameter in reshard(unwrap(student)).named_parameters()}
+    named = reshard(unwrap_parallel(student)).named_parameters()
+    return {strip_wrappers(name): parameter.data for name, parameter in named}
 
 
 def reshard(model: Any) -> Any:
@@ -283,7 +286,7 @@ def match_layout(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor split over the processes as `like` is (it must be the same on each), or whole as `like` is."""
     if isinstance(like, DTensor) and not isinstance(tensor, DTensor):
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-    return tensor if isinstance(like, DTensor) else get_whole(tensor)
+    return tensor if isinstance(like, DTensor) else gather_full_tensor(tensor)
 
 
 def write_into(target: Tensor, value: Tensor) -> None:

@@ -15,23 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from imagine_opd.errors import ConfigError
-from imagine_opd.peft_models import ADAPTER_FILE, ADAPTER_WEIGHTS, find_adapter_layers, has_adapter
+from imagine_opd.errors import ConfigError, OutputError
+from imagine_opd.peft_models import ADAPTER_FILE, ADAPTER_WEIGHTS, find_adapter_layers, get_base, has_adapter
+from imagine_opd.sharding import building_whole, gather_full_tensor, strip_wrappers
 
 
 def get_local(tensor: Tensor) -> Tensor:
     """This process's shard of a sharded tensor; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def get_whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered (every process must call); any other tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def get_base(model: Any) -> Any:
-    """The model inside a `PeftModel`; any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def find_lora_layers(model: Any) -> dict[str, Any]:
@@ -43,7 +34,7 @@ def find_lora_layers(model: Any) -> dict[str, Any]:
         if not isinstance(layer, BaseTunerLayer):
             continue
         refuse_other_adapter(name, layer)
-        found[f"{name}.weight"] = layer
+        found[f"{strip_wrappers(name)}.weight"] = layer
     return found
 
 
@@ -57,7 +48,7 @@ def find_saved_modules(model: Any) -> dict[str, Any]:
             continue
         if not isinstance(wrapper, ModulesToSaveWrapper) or any(wrapper.original_module.children()):
             raise ConfigError(f"the adapter trains {name} in a way that cannot be merged here")
-        found[name] = wrapper
+        found[strip_wrappers(name)] = wrapper
     return found
 
 
@@ -77,14 +68,14 @@ def refuse_other_adapter(name: str, layer: Any) -> None:
 def compute_delta(layer: Any, whole: bool = False) -> Tensor:
     """`[O, I]` fp32: the merged weight minus the base weight. Of a sharded layer the process's own rows, or with
     `whole` all of them (every process must call)."""
-    take = get_whole if whole else get_local
+    take = gather_full_tensor if whole else get_local
     with torch.no_grad():
         base_OI = take(layer.get_base_layer().weight).float()
         delta_OI = torch.zeros_like(base_OI)
         for adapter in layer.active_adapters:
             if adapter not in layer.lora_A:
                 continue
-            a_RI = get_whole(layer.lora_A[adapter].weight).float()
+            a_RI = gather_full_tensor(layer.lora_A[adapter].weight).float()
             b_OR = take(layer.lora_B[adapter].weight).float()
             low_rank_OI = layer.scaling[adapter] * (b_OR @ a_RI)
             if adapter in layer.lora_magnitude_vector:
@@ -98,7 +89,7 @@ def compute_delta(layer: Any, whole: bool = False) -> Tensor:
 def has_no_effect(model: Any) -> bool:
     """Whether the adapter is a fresh LoRA or DoRA, which changes nothing yet."""
     matrices = [b for layer in find_adapter_layers(model) for b in getattr(layer, "lora_B", {}).values()]
-    return bool(matrices) and all(not bool(get_whole(matrix.weight).any()) for matrix in matrices)
+    return bool(matrices) and all(not bool(gather_full_tensor(matrix.weight).any()) for matrix in matrices)
 
 
 def compute_merged_state(model: Any) -> dict[str, Tensor]:
@@ -109,21 +100,22 @@ def compute_merged_state(model: Any) -> dict[str, Tensor]:
     base = get_base(model)
     layers, saved = find_lora_layers(model), find_saved_modules(model)
     state: dict[str, Tensor] = {}
-    for name, tensor in base.state_dict().items():
+    # `keep_vars`: without it DeepSpeed's weights come detached from what gathers them.
+    for name, tensor in base.state_dict(keep_vars=True).items():
         owner, _, last = name.rpartition(".")
         if owner.endswith(".base_layer"):
             name = f"{owner.removesuffix('.base_layer')}.{last}"
         elif ".lora_" in name or name.startswith(tuple(f"{wrapper}." for wrapper in saved)):
             continue
-        value = get_whole(tensor)
+        value = gather_full_tensor(tensor)
         if name in layers:
             value = (value.float() + compute_delta(layers[name], whole=True)).to(tensor.dtype)
         state[name] = value.detach().cpu()
     for name, wrapper in saved.items():
         active = wrapper.modules_to_save[wrapper.active_adapters[0]]
-        for last, tensor in active.state_dict().items():
+        for last, tensor in active.state_dict(keep_vars=True).items():
             original = wrapper.original_module.state_dict()[last]
-            state[f"{name}.{last}"] = get_whole(tensor).detach().to(original.dtype).cpu()
+            state[f"{name}.{last}"] = gather_full_tensor(tensor).detach().to(original.dtype).cpu()
     return state
 
 
@@ -134,15 +126,19 @@ def save_merged_model(model: Any, folder: str | Path, is_main_process: bool = Tr
         return
     base = get_base(model)
     config = _untie_trained_head(base, state)
-    with torch.device("meta"):
+    with building_whole(), torch.device("meta"):
         shell = type(base)(config)
+    _refuse_torn(shell, state, folder)
     if base.generation_config is not None:
         shell.generation_config = base.generation_config
     shell.save_pretrained(folder, state_dict=state)
 
 
 def replace_adapter(model: Any, folder: str | Path, is_main_process: bool = True) -> None:
-    """In a folder that holds the adapter: the merged model in its place. Of a sharded model every process must call."""
+    """In a folder that holds the adapter: the merged model in its place. Of a sharded model every process must call.
+
+    Raises `OutputError`, with the adapter left as it is, for merged weights that are not those of the model.
+    """
     save_merged_model(model, folder, is_main_process)
     if is_main_process:
         for name in (ADAPTER_FILE, ADAPTER_WEIGHTS):  # last: until then the folder is the adapter's
@@ -155,6 +151,17 @@ def refuse_unmergeable(model: Any) -> None:
         raise ConfigError("merge_adapter=True, but no adapter is trained: set use_peft=True, or leave it out")
     find_lora_layers(model)
     find_saved_modules(model)
+
+
+def _refuse_torn(shell: nn.Module, state: dict[str, Tensor], folder: str | Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in shell.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if found != wanted:
+        name = next(name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name))
+        raise OutputError(
+            f"{folder}: the merged {name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'none')}; "
+            "nothing was written and the adapter stays: merge it in one process (load_model, save_merged_model)"
+        )
 
 
 def _untie_trained_head(base: Any, state: dict[str, Tensor]) -> Any:

@@ -16,7 +16,7 @@ from torch import nn
 from imagine_opd.adapters import find_adapter, list_vision_tokens, refuse_other_family
 from imagine_opd.errors import ConfigError
 from imagine_opd.kernels import OutputHead
-from imagine_opd.peft_models import get_running_module, is_adapter_folder, load_adapter, read_base_name
+from imagine_opd.peft_models import get_base, get_running_module, is_adapter_folder, load_adapter, read_base_name
 
 # Names under which configs, processors and tokenizers keep ids that stand for vision.
 _VISION_ID_NAMES = (
@@ -85,14 +85,9 @@ def load_processor(processor: Any, model: Any) -> Any:
     return source
 
 
-def unwrap_model(model: Any) -> Any:
-    """The model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def get_body(model: Any) -> Any:
     """The network below the head: inputs to last hidden states. A PEFT wrapper is looked through."""
-    inner = unwrap_model(model)
+    inner = get_base(model)
     body = inner.base_model
     if body is inner:
         raise ConfigError(f"{type(inner).__name__} has no body apart from its head; expected a causal language model")
@@ -118,7 +113,7 @@ def find_head(model: Any) -> nn.Linear:
 
 def describe_head(head: nn.Linear, model: Any) -> OutputHead:
     """The layer's weights as they are now, with what the model's forward does to its logits."""
-    return OutputHead(head.weight, head.bias, *_read_head_settings(unwrap_model(model)))
+    return OutputHead(head.weight, head.bias, *_read_head_settings(get_base(model)))
 
 
 def _read_head_settings(model: Any) -> tuple[float, float | None]:
@@ -144,7 +139,7 @@ def fit_inputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.T
     """The inputs with their modality ids under the name by which this model's `forward` takes them, or without."""
     fitted = dict(inputs)
     modality = fitted.pop("mm_token_type_ids")
-    name = _name_modality(type(unwrap_model(model)).forward)
+    name = _name_modality(type(get_base(model)).forward)
     return fitted if name is None else {**fitted, name: modality}
 
 

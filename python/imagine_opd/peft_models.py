@@ -132,6 +132,11 @@ def read_base_name(folder: str | Path) -> str:
             f"{path}: base_model_name_or_path is empty, the adapter was trained on a model that has no name; load that "
             "model and put the adapter on it with peft.PeftModel.from_pretrained"
         )
+    if Path(str(base)).resolve() == Path(folder).resolve():
+        raise ConfigError(
+            f"{path}: the adapter names its own folder as its base ({str(base)!r}); write the model it was trained on "
+            "into base_model_name_or_path"
+        )
     return str(base)
 
 
@@ -146,6 +151,11 @@ def load_adapter(base: Any, folder: str | Path) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"adapter {str(folder)!r} cannot be loaded: {error}") from error
     return model
+
+
+def get_base(model: Any) -> Any:
+    """The model inside a `PeftModel`; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def find_adapter_layers(model: nn.Module) -> list[Any]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from imagine_opd.config import ImagineOPDConfig
+from imagine_opd.distributed import name_parallelism
 from imagine_opd.errors import ConfigError, RowError
+from imagine_opd.peft_models import get_base, has_adapter
 from imagine_opd.rewards import RewardFunction
 from imagine_opd.types import Row
 
@@ -15,6 +19,11 @@ def refuse_bad_run(args: ImagineOPDConfig, train_rows: Sequence[Row], eval_rows:
     """Raise `ConfigError` or `RowError` for settings that do not go with the rows or the machine."""
     if args.kernel_backend == "triton" and args.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(f"kernel_backend='triton' needs a CUDA device, this run has {args.device}; use 'auto'")
+    if args.teacher_model_kind == "ema" and name_parallelism(args) == "zero3":
+        raise ConfigError(
+            "teacher_model_kind='ema' cannot follow a student that DeepSpeed ZeRO-3 holds in pieces of its own: "
+            "use FSDP2 (configs/accelerate/fsdp2.yaml), or teacher_model_kind='base'"
+        )
     if str(args.eval_strategy.value) != "no" and eval_rows is None:
         raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs eval_data")
     if eval_rows is not None and not any(row.answer is not None for row in eval_rows):
@@ -31,6 +40,16 @@ def refuse_bad_run(args: ImagineOPDConfig, train_rows: Sequence[Row], eval_rows:
     if args.dataloader_drop_last and len(train_rows) < args.train_batch_size:
         raise ConfigError(
             f"dataloader_drop_last=True with {len(train_rows)} rows and a batch of {args.train_batch_size} leaves none"
+        )
+
+
+def refuse_own_folder(student: Any, args: ImagineOPDConfig) -> None:
+    """Raise `ConfigError` for an adapter that would be saved over the model it belongs to, and name itself as base."""
+    base = getattr(get_base(student), "name_or_path", "")
+    if has_adapter(student) and base and Path(base).resolve() == Path(args.output_dir).resolve():
+        raise ConfigError(
+            f"output_dir={args.output_dir!r} holds the model that the adapter is trained on: saved there it would name "
+            "itself as its base; choose another output_dir"
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from imagine_opd.config import ImagineOPDConfig
+from imagine_opd.distributed import name_parallelism
 from imagine_opd.memory import (
     MemoryPlan,
     TeacherPlacement,
@@ -21,11 +22,11 @@ from imagine_opd.memory import (
     choose_teacher_placement,
     measure_views,
     plan_memory,
+    read_adapter,
     read_memory_settings,
     read_model_shape,
     show_gib,
 )
-from imagine_opd.peft_models import has_adapter
 from imagine_opd.privilege import ViewFunction, build_pairs
 from imagine_opd.settings import make_privilege_config
 from imagine_opd.types import PromptPair, Row, ViewConfig
@@ -82,10 +83,10 @@ def plan_run(
         measure_views(shape, [pair.student for pair in used]),
         measure_views(shape, [pair.teacher for pair in used]),
         model_dtype="auto",
-        lora_r=args.lora_r if has_adapter(student) else 0,
+        **(read_adapter(shape) or {"lora_r": 0, "use_dora": False}),
         freeze_vision=bool(args.freeze_vision),
         teacher_placement=None,
-        parallelism=_name_parallelism(args),
+        parallelism=name_parallelism(args),
         num_processes=args.world_size,
         device_type=args.device.type,
     )
@@ -106,9 +107,8 @@ def measure_device_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _name_parallelism(args: ImagineOPDConfig) -> str:
-    if args.world_size == 1:
-        return "none"
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        return "zero3"
-    return "fsdp2" if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "ddp"
+def settle_placement(asked: str, plan: RunPlan | None) -> str:
+    """`device` or `cpu`: what the config asks for, or with `auto` what the plan says."""
+    if asked != "auto":
+        return asked
+    return "cpu" if plan is not None and plan.placement == "cpu" else "device"

@@ -38,7 +38,7 @@ def is_sharded(model: Any) -> bool:
 
 
 def unwrap_parallel(model: Any) -> Any:
-    """The model inside DDP, a DeepSpeed engine or `torch.compile`."""
+    """The model inside DDP, a DeepSpeed engine or `torch.compile`. FSDP2 is the model itself."""
     from torch.nn.parallel import DistributedDataParallel
 
     while True:
@@ -48,6 +48,11 @@ def unwrap_parallel(model: Any) -> Any:
             model = model._orig_mod
         else:
             return model
+
+
+def strip_wrappers(name: str) -> str:
+    """A parameter's name without what FSDP's activation checkpointing puts into it."""
+    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 @contextmanager
@@ -81,6 +86,19 @@ def gather_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     return tensor.detach()
+
+
+@contextmanager
+def building_whole() -> Iterator[None]:
+    """Models made inside are whole: transformers would have DeepSpeed ZeRO-3 split them, by all processes together."""
+    from transformers.integrations import deepspeed as integration
+
+    kept = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept
 
 
 def shard_like(teacher: Any, student: Any) -> Any:

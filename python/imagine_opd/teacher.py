@@ -18,6 +18,7 @@ from imagine_opd.teacher_kinds import (
     LiveTeacher,
     Teacher,
     copy_model,
+    refuse_zero3,
 )
 
 __all__ = ["MOVING_TEACHER", "TEACHER_FILE", "Teacher", "build_teacher", "refuse_other_vocabulary"]
@@ -68,6 +69,8 @@ def build_teacher(
         return HeldTeacher(module, "cpu" if on_cpu else "copy", equals_student=False)
     if kind == "live":
         return LiveTeacher()
+    if kind == "ema":
+        refuse_zero3(student)
     if has_adapter(student):
         if on_cpu or teacher_dtype is not None:
             named = "teacher_placement='cpu'" if on_cpu else f"teacher_dtype={teacher_dtype!r}"

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from imagine_opd.distributed import get_place
 from imagine_opd.errors import ConfigError, TeacherError
 from imagine_opd.kernels import OutputHead
-from imagine_opd.merging import get_base, has_no_effect
+from imagine_opd.merging import has_no_effect
 from imagine_opd.models import describe_head, find_head
 from imagine_opd.offload import hold_on_cpu
-from imagine_opd.peft_models import adapters_off, find_adapter_layers
+from imagine_opd.peft_models import adapters_off, find_adapter_layers, get_base
 from imagine_opd.sharding import gather_full_tensor, gather_parameters, is_gathered, unwrap_parallel
 from imagine_opd.student import open_forward, paused
 
@@ -105,7 +105,7 @@ class Teacher(ABC):
 
     def save(self, folder: str | Path) -> None:
         """Write `teacher.json`, by which a resumed run knows its teacher. Every process must call; the first writes."""
-        if is_first_process():
+        if get_place()[0] == 0:
             text = json.dumps(self._describe())
             Path(folder, TEACHER_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -132,7 +132,7 @@ class Teacher(ABC):
                 f"resume with {kind!r}"
             )
         # Where one process reads the weights for all, the others do not hold them yet.
-        if fingerprint != self.fingerprint and is_first_process():
+        if fingerprint != self.fingerprint and get_place()[0] == 0:
             raise TeacherError(
                 f"{folder} was trained with another teacher: resume with the model (or teacher=) the run began with, "
                 "not with a checkpoint of it"
@@ -149,7 +149,7 @@ class LiveTeacher(Teacher):
     @contextmanager
     def loaded(self, student: nn.Module) -> Iterator[Any]:
         """See `Teacher.loaded`: the student itself."""
-        model = open_forward(unwrap(student))
+        model = open_forward(unwrap_parallel(student))
         with paused(model):
             yield model
 
@@ -166,7 +166,7 @@ class AdapterOffTeacher(Teacher):
     @contextmanager
     def loaded(self, student: nn.Module) -> Iterator[Any]:
         """See `Teacher.loaded`: the student without its adapter."""
-        model = open_forward(unwrap(student))
+        model = open_forward(unwrap_parallel(student))
         with paused(model), adapters_off(model):
             yield model
 
@@ -207,17 +207,6 @@ class HeldTeacher(Teacher):
         """Every weight by parameter name, wherever it is held now."""
         held = self._held or {}
         return {name: held.get(name, parameter.data) for name, parameter in self.module.named_parameters()}
-
-
-def unwrap(model: Any) -> Any:
-    """The model inside DDP, DeepSpeed and torch.compile. FSDP2 is the model itself."""
-    return extract_model_from_parallel(model, keep_torch_compile=False)
-
-
-def is_first_process() -> bool:
-    """Whether this process writes for all."""
-    several = distributed.is_available() and distributed.is_initialized()
-    return not several or distributed.get_rank() == 0
 
 
 def refuse_zero3(model: nn.Module) -> None:

@@ -40,9 +40,9 @@ from imagine_opd.peft_models import prepare_student
 from imagine_opd.privilege import ViewFunction
 from imagine_opd.rewards import read_reward_functions
 from imagine_opd.rollout import HFEngine
-from imagine_opd.run_checks import refuse_bad_run, refuse_idle_rewards
+from imagine_opd.run_checks import refuse_bad_run, refuse_idle_rewards, refuse_own_folder
 from imagine_opd.run_guards import RunGuards
-from imagine_opd.run_plan import plan_run
+from imagine_opd.run_plan import plan_run, settle_placement
 from imagine_opd.saving import SafeSaving
 from imagine_opd.scoring import score_student, score_teacher
 from imagine_opd.settings import make_view_config
@@ -93,6 +93,7 @@ class ImagineOPDTrainer(SafeSaving):
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split the rows of a micro-batch under our feet
         self.processor = copy.deepcopy(load_processor(processor, model))
         student = prepare_student(load_model(model, args.model_dtype), args, peft_config)
+        refuse_own_folder(student, args)
         if args.merge_adapter:
             refuse_unmergeable(student)
         self.view_config = make_view_config(self.processor, args, training=True)
@@ -113,7 +114,7 @@ class ImagineOPDTrainer(SafeSaving):
                 teacher,
                 args.model_dtype,
                 kind=args.teacher_model_kind,
-                placement="cpu" if self.run_plan is not None and self.run_plan.placement == "cpu" else "device",
+                placement=settle_placement(args.teacher_placement, self.run_plan),
                 teacher_dtype=args.teacher_dtype,
                 update_rate=args.teacher_update_rate,
                 sync_steps=args.teacher_sync_steps,

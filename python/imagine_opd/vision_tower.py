@@ -32,6 +32,11 @@ def find_vision_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+def is_vision_name(name: str) -> bool:
+    """Whether a module or parameter of this name is of a tower or a projector."""
+    return not {*_TOWERS, *_PROJECTORS}.isdisjoint(name.split("."))
+
+
 def is_inside(name: str, owners: tuple[str, ...]) -> bool:
     """Whether a module or parameter is one of `owners` or lies within one."""
     return any(name == owner or name.startswith(f"{owner}.") for owner in owners)

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -23,81 +22,21 @@ from imagine_opd.memory.activations import (
     sum_adapters,
 )
 from imagine_opd.memory.optimizers import count_state_bytes
-from imagine_opd.memory.shapes import LinearShape, ModelShape, ParameterShape, ViewSize, match_targets
+from imagine_opd.memory.settings import (
+    GIB,
+    ITEMSIZES,
+    MemoryItem,
+    MemorySettings,
+    Phase,
+    TeacherPlacement,
+    count_rollouts,
+)
+from imagine_opd.memory.shapes import LinearShape, ModelShape, ParameterShape, match_targets, read_adapter
 
-TeacherPlacement = Literal["adapter_off", "copy", "cpu", "student"]
-Phase = Literal["rollout", "teacher", "student", "objective", "backward", "update"]
-
-PHASES: tuple[Phase, ...] = ("rollout", "teacher", "student", "objective", "backward", "update")
-"""Of a step, in their order; `student` is its forward."""
-
-GIB = 2**30
 CONTEXT_BYTES = 3 * GIB // 4
 """CUDA's context, its libraries and their workspaces. Torch's own statistics do not count it."""
-_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ZERO3_LIVE_NUMEL = 1_000_000_000
 """Weights that DeepSpeed keeps gathered at most, its default of stage3_max_live_parameters."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemorySettings:
-    """The settings that memory depends on; names and units as in `ImagineOPDConfig` where it has them.
-
-    student_view, teacher_view: the longest prompt of each side.
-    model_dtype: of loaded weights; `auto`: as the model has them. compute_dtype: bf16=True gives `bfloat16`.
-    teacher_dtype: of the teacher's weights where they are its own; `None`: the student's.
-    lora_r: rank of LoRA; 0: all weights are trained. lora_targets: as `target_modules` of peft.
-    teacher_placement: `None`: `adapter_off` or `student` where that serves, else `copy`. `choose_teacher_placement`
-        finds the one for a device.
-    parallelism, num_processes: how many processes share the model, and how.
-    """
-
-    student_view: ViewSize
-    teacher_view: ViewSize
-    per_device_train_batch_size: int = 4
-    gradient_accumulation_steps: int = 8
-    num_generations: int = 1
-    generation_batch_size: int | None = None
-    max_completion_length: int = 256
-    model_dtype: str = "float32"
-    compute_dtype: str = "float32"
-    optim: str = "adamw_torch_fused"
-    activation_checkpointing: bool = False
-    lora_r: int = 0
-    lora_targets: str | tuple[str, ...] = "all-linear"
-    lora_dropout: float = 0.0
-    use_dora: bool = False
-    freeze_vision: bool = False
-    teacher_model_kind: str = "base"
-    teacher_placement: TeacherPlacement | None = None
-    teacher_dtype: str | None = None
-    parallelism: Literal["none", "ddp", "fsdp2", "zero3"] = "none"
-    num_processes: int = 1
-    device_type: str = "cuda"
-
-    def __post_init__(self) -> None:
-        for name in ("model_dtype", "compute_dtype", "teacher_dtype"):
-            value = getattr(self, name)
-            known = {"auto": 0, **_ITEMSIZES} if name == "model_dtype" else _ITEMSIZES
-            if value is not None and value not in known:
-                raise ConfigError(f"{name}={value!r}: expected one of {', '.join(known)}")
-        if self.num_processes > 1 and self.parallelism == "none":
-            raise ConfigError(f"num_processes={self.num_processes}: say how they share the model: ddp, fsdp2 or zero3")
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryItem:
-    """One thing in memory: what it is, its bytes, in which phases of a step it is there, and where."""
-
-    name: str
-    nbytes: int
-    phases: tuple[Phase, ...] = PHASES
-    place: Literal["device", "host"] = "device"
-
-    @property
-    def stays(self) -> bool:
-        """Whether it is there in every phase."""
-        return self.phases == PHASES
 
 
 class StepMemory:
@@ -107,6 +46,11 @@ class StepMemory:
         self.shape, self.settings, self.own_teacher = shape, settings, teacher
         self.is_sharded = settings.parallelism in ("fsdp2", "zero3")
         self.shards = settings.num_processes if self.is_sharded else 1
+        stage = int(settings.parallelism.removeprefix("zero")) if settings.parallelism.startswith("zero") else 0
+        self.state_shards = settings.num_processes if stage >= 1 else self.shards
+        self.gradient_shards = settings.num_processes if stage >= 2 else self.shards
+        # DeepSpeed computes with 16-bit weights and keeps fp32 ones of its own beside the optimizer's states.
+        self.has_masters = stage > 0 and settings.compute_dtype != "float32"
         rows = settings.per_device_train_batch_size * settings.num_generations
         self.student_load = ForwardLoad(settings.student_view, rows, settings.max_completion_length)
         self.teacher_load = ForwardLoad(settings.teacher_view, rows, settings.max_completion_length)
@@ -194,20 +138,17 @@ class StepMemory:
 
     def get_itemsize(self, parameter: ParameterShape) -> int:
         """Of a stored weight."""
-        return parameter.itemsize if parameter.is_adapter else _ITEMSIZES.get(self._model_dtype, parameter.itemsize)
+        return parameter.itemsize if parameter.is_adapter else ITEMSIZES.get(self._model_dtype, parameter.itemsize)
 
     @property
     def _model_dtype(self) -> str:
-        # DeepSpeed computes with bf16 weights and keeps fp32 ones of its own beside the optimizer's states.
-        if self.settings.parallelism == "zero3" and self.settings.compute_dtype != "float32":
-            return self.settings.compute_dtype
-        return self.settings.model_dtype
+        return self.settings.compute_dtype if self.has_masters else self.settings.model_dtype
 
     @cached_property
     def precision(self) -> Precision:
         """Of the student's forward."""
         weight = max((self.get_itemsize(p) for p in self.base if p.block), default=4)
-        compute = _ITEMSIZES[self.settings.compute_dtype]
+        compute = ITEMSIZES[self.settings.compute_dtype]
         adapter = compute
         if self.is_sharded:  # weights are gathered in the compute dtype
             weight = min(weight, compute)
@@ -223,7 +164,20 @@ class StepMemory:
     @property
     def teacher_itemsize(self) -> int:
         dtype = self.settings.teacher_dtype
-        return _ITEMSIZES[dtype] if dtype else max((self.get_itemsize(p) for p in self.base), default=4)
+        if dtype:
+            return ITEMSIZES[dtype]
+        if self.is_sharded:
+            return max((self.get_itemsize(p) for p in self.base), default=4)
+        # Copied before DeepSpeed casts a student that it does not split.
+        return max((ITEMSIZES.get(self.settings.model_dtype, p.itemsize) for p in self.base), default=4)
+
+    @property
+    def shares_frozen(self) -> bool:
+        """Whether a second copy leaves what is frozen to the student: split apart or cast, it has its own."""
+        is_cast = self.settings.teacher_dtype is not None and any(
+            self.get_itemsize(p) != self.teacher_itemsize for p in self.base
+        )
+        return self.own_teacher is None and not self.is_sharded and not is_cast
 
     # items
 
@@ -248,13 +202,13 @@ class StepMemory:
         adapters = sum(p.numel * p.itemsize for p in self.adapters)
         yield MemoryItem(f"adapters on {len(self.adapted)} layers", adapters // shards)
         gradients = sum(p.numel * self.get_itemsize(p) for p in self.trained)
-        yield MemoryItem("gradients", gradients // shards)
-        if settings.parallelism == "zero3" and settings.compute_dtype != "float32":
-            yield MemoryItem("fp32 master weights", 4 * self.trained_numel // shards)
+        yield MemoryItem("gradients", gradients // self.gradient_shards)
+        if self.has_masters:
+            yield MemoryItem("fp32 master weights", 4 * self.trained_numel // self.state_shards)
             states = sum(count_state_bytes(p, 4, settings.optim) for p in self.trained)
         else:
             states = sum(count_state_bytes(p, self.get_itemsize(p), settings.optim) for p in self.trained)
-        yield MemoryItem(f"optimizer states ({settings.optim})", states // shards)
+        yield MemoryItem(f"optimizer states ({settings.optim})", states // self.state_shards)
         if settings.parallelism == "ddp" and settings.num_processes > 1:
             yield MemoryItem("gradient buckets of DDP", gradients)
         if self.is_sharded:
@@ -269,7 +223,8 @@ class StepMemory:
         shape, itemsize = self.own_teacher or self.shape, self.teacher_itemsize
         whole = shape.numel * itemsize
         if self.placement == "copy":
-            yield MemoryItem("teacher weights, a second copy", whole // self.shards)
+            numel = self.trained_numel if self.shares_frozen else shape.numel
+            yield MemoryItem("teacher weights, a second copy", numel * itemsize // self.shards)
             if self.is_sharded:
                 live = (2 * shape.largest_block_numel + shape.resident_numel) * itemsize
                 yield MemoryItem("teacher's gathered blocks, embeddings and head", live, phases=("teacher",))
@@ -278,10 +233,11 @@ class StepMemory:
             yield MemoryItem("teacher blocks on their way, two, with embeddings and head", resident)
             yield MemoryItem("teacher weights", whole, place="host")
         if self.settings.teacher_model_kind == "ema":
+            numel, name = sum(p.numel for p in self.trained if not p.is_adapter), "weights"
             if self.has_adapters:
-                numel, name = sum(linear.inputs * linear.outputs for linear in self.adapted), "merged delta"
-            else:
-                numel, name = self.shape.numel, "weights"
+                numel, name = numel + sum(linear.inputs * linear.outputs for linear in self.adapted), "merged delta"
+            elif itemsize == 4:  # the teacher's own weights hold it
+                return
             place: Literal["device", "host"] = "host" if self.placement == "cpu" else "device"
             yield MemoryItem(f"EMA of the {name} (fp32)", 4 * numel // self.shards, place=place)
 
@@ -366,14 +322,12 @@ class StepMemory:
         yield MemoryItem("hidden states of the completions", hidden, ("objective", "backward"))
 
     def _adapter_loads(self) -> tuple[AdapterLoad, AdapterLoad]:
-        ranks = [p.shape[0] for p in self.adapters if "lora_A" in p.name]
-        rank = max(ranks, default=self.settings.lora_r)
-        is_dora = self.settings.use_dora or any("magnitude" in p.name for p in self.adapters)
+        found = {"lora_r": self.settings.lora_r, "use_dora": self.settings.use_dora, **read_adapter(self.shape)}
         text, vision = (
             sum_adapters(
                 [linear for linear in self.adapted if linear.is_vision is is_vision],
-                rank,
-                is_dora,
+                found["lora_r"],
+                found["use_dora"],
                 self.settings.lora_dropout > 0,
             )
             for is_vision in (False, True)
@@ -383,7 +337,7 @@ class StepMemory:
     def _count_casts(self, keeps_frozen: bool) -> int:
         """16-bit forms of fp32 weights: autocast keeps those of trained ones, a graph those of frozen ones too."""
         # PEFT makes adapters in fp32 over weights of any dtype
-        compute = _ITEMSIZES[self.settings.compute_dtype]
+        compute = ITEMSIZES[self.settings.compute_dtype]
         converted = sum(p.numel for p in self.adapters if p.itemsize > compute) * compute
         if not self.precision.is_autocast:
             return converted
@@ -397,9 +351,3 @@ class StepMemory:
     def _name_dtype(self) -> str:
         sizes = {self.get_itemsize(p) for p in self.base}
         return "/".join("fp32" if size == 4 else f"{8 * size}-bit" for size in sorted(sizes, reverse=True))
-
-
-def count_rollouts(settings: MemorySettings) -> int:
-    """Completions sampled in one call."""
-    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.num_generations
-    return min(settings.generation_batch_size or rows, rows)

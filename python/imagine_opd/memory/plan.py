@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from imagine_opd.memory.items import (
+from imagine_opd.memory.items import StepMemory
+from imagine_opd.memory.settings import (
     GIB,
     PHASES,
     MemoryItem,
     MemorySettings,
     Phase,
-    StepMemory,
     TeacherPlacement,
     count_rollouts,
 )
-from imagine_opd.memory.shapes import ModelShape, ViewSize, read_model_shape
+from imagine_opd.memory.shapes import ModelShape, ViewSize, read_adapter, read_model_shape
 
 USABLE_SHARE = 0.95
 """Of a device: the rest is lost between the allocator's blocks."""
@@ -69,7 +69,9 @@ class MemoryPlan:
     def describe(self, device_bytes: int | None = None) -> str:
         """The plan as text, one item a line."""
         settings = self.settings
-        kind = f"{'DoRA' if settings.use_dora else 'LoRA'} r={settings.lora_r}" if settings.lora_r else "all weights"
+        adapter = {"lora_r": settings.lora_r, "use_dora": settings.use_dora, **read_adapter(self.shape)}
+        rank, name = adapter["lora_r"], "DoRA" if adapter["use_dora"] else "LoRA"
+        kind = f"{name} r={rank}" if rank else "all weights"
         share = f", {settings.num_processes} processes ({settings.parallelism})" if settings.num_processes > 1 else ""
         lines = [
             f"memory plan: {self.shape.name}, {_count(self.shape.numel)} parameters, {kind} "

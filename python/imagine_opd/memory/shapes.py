@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from imagine_opd.errors import ConfigError
-
-_VISION_PARTS = {"visual", "vision_tower", "vision_model", "vision_encoder"}
+from imagine_opd.peft_models import get_base
+from imagine_opd.vision_tower import is_vision_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +131,15 @@ def read_model_shape(source: Any) -> ModelShape:
         return source
     model = source if isinstance(source, nn.Module) else build_meta_model(source)
     # Any: PEFT's wrapper and transformers' models add methods that nn.Module does not declare
-    inner: Any = model
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner: Any = get_base(model)
     config = inner.config
     if getattr(config, "vision_config", None) is None:
         raise ConfigError(f"{type(inner).__name__} has no vision_config; expected a vision-language model")
     head: Any = inner.get_output_embeddings()
     decoder: Any = inner.get_decoder()
     blocks = _list_blocks(inner)
-    text_block = next((module for name, module in blocks.items() if not _is_vision(name)), decoder)
-    vision_block = next((module for name, module in blocks.items() if _is_vision(name)), inner)
+    text_block = next((module for name, module in blocks.items() if not is_vision_name(name)), decoder)
+    vision_block = next((module for name, module in blocks.items() if is_vision_name(name)), inner)
     return ModelShape(
         name=type(inner).__name__,
         parameters=tuple(_list_parameters(inner, blocks)),
@@ -151,6 +150,13 @@ def read_model_shape(source: Any) -> ModelShape:
         attention=getattr(config, "_attn_implementation", None) or "sdpa",
         config=config,
     )
+
+
+def read_adapter(shape: ModelShape) -> dict[str, Any]:
+    """Rank and kind of the adapter that the model carries, under the names of the config's fields; else nothing."""
+    adapters = [p for p in shape.parameters if p.is_adapter]
+    ranks = [p.shape[0] for p in adapters if "lora_A" in p.name]
+    return {"lora_r": max(ranks), "use_dora": any("magnitude" in p.name for p in adapters)} if ranks else {}
 
 
 def build_meta_model(config: Any) -> Any:
@@ -176,10 +182,6 @@ def match_targets(linears: Sequence[LinearShape], targets: str | Sequence[str]) 
     return [linear for linear in linears if any(f".{linear.name}".endswith(f".{end}") for end in targets)]
 
 
-def _is_vision(name: str) -> bool:
-    return not _VISION_PARTS.isdisjoint(name.split("."))
-
-
 def _list_blocks(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -197,7 +199,7 @@ def _list_parameters(model: nn.Module, blocks: dict[str, nn.Module]) -> list[Par
                 shape=tuple(parameter.shape),
                 itemsize=parameter.element_size(),
                 is_trained=parameter.requires_grad,
-                is_vision=_is_vision(name),
+                is_vision=is_vision_name(name),
                 block=next((head for head in heads if head in blocks), ""),
             )
         )
@@ -214,7 +216,7 @@ def _list_linears(model: nn.Module, head: nn.Module) -> list[LinearShape]:
                 name=name.removesuffix(".base_layer"),
                 inputs=module.in_features,
                 outputs=module.out_features,
-                is_vision=_is_vision(name),
+                is_vision=is_vision_name(name),
                 is_head=module is head,
                 is_adapted=name.endswith(".base_layer"),
             )

@@ -11,7 +11,8 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from imagine_opd.adapters import join_views
 from imagine_opd.config.rollout import ENGINE_KWARGS
-from imagine_opd.models import TokenIds, fit_inputs, get_device, unwrap_model
+from imagine_opd.models import TokenIds, fit_inputs, get_device
+from imagine_opd.peft_models import get_base
 from imagine_opd.rollout.finish import finish_completions
 from imagine_opd.rollout.sampler import SamplingConfig, SeededSampler, draw_uniforms
 from imagine_opd.types import Prompt, Rollouts
@@ -75,7 +76,7 @@ class HFEngine:
 def _blank_generation_config(model: Any) -> Iterator[None]:
     """Hides the checkpoint's own generation config: `generate` fills every unset field from it (Qwen's carries
     top_k=20, top_p=0.8), and the student would be trained off its own distribution."""
-    inner = unwrap_model(model)
+    inner = get_base(model)
     saved = inner.generation_config
     inner.generation_config = GenerationConfig()
     try:
