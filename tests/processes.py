@@ -59,10 +59,20 @@ def run_in_processes(
 
 def run_command(arguments: Sequence[str], timeout_s: float = 120, env: Mapping[str, str] | None = None) -> str:
     """What `python *arguments` printed; it and all it started are killed when it fails or time is up."""
+    return run_commands([arguments], timeout_s, env)[0]
+
+
+def run_commands(
+    commands: Sequence[Sequence[str]], timeout_s: float = 120, env: Mapping[str, str] | None = None
+) -> list[str]:
+    """As `run_command`, several at once: what each printed. When one fails, all are killed."""
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "output.txt")
-        _wait([_start(list(arguments), output, env or {})], timeout_s, [output])
-        return output.read_text(errors="replace")
+        outputs = [Path(folder, f"output{place}.txt") for place in range(len(commands))]
+        started = [
+            _start(list(arguments), output, env or {}) for arguments, output in zip(commands, outputs, strict=True)
+        ]
+        _wait(started, timeout_s, outputs)
+        return [output.read_text(errors="replace") for output in outputs]
 
 
 def find_free_port() -> int:

@@ -22,7 +22,7 @@ def make_logits(seed=0, scale=1.0):
 
 
 def measure(student, teacher, **fields):
-    return compute_divergence(student.log_softmax(-1), teacher.log_softmax(-1), Divergence(**fields))
+    return compute_divergence(student.log_softmax(-1), teacher.log_softmax(-1), Divergence(**fields))[:2]
 
 
 def test_alpha_names_the_direction_by_hand():
@@ -71,6 +71,15 @@ def test_the_coarse_divergence_is_a_lower_bound_that_grows_with_k_to_the_exact_o
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("topk", [1, 3, V + 5])
+def test_both_sides_masses_are_those_of_the_students_likeliest_tokens(topk):
+    p, q = (side.softmax(-1) for side in make_logits(scale=2.0))
+    found = compute_divergence(p.log(), q.log(), Divergence(topk=topk))
+    chosen = p.argsort(dim=1, descending=True)[:, :topk]
+    torch.testing.assert_close(found.student_mass_C, p.gather(1, chosen).sum(1))
+    torch.testing.assert_close(found.teacher_mass_C, q.gather(1, chosen).sum(1))
+
+
 def test_the_truncated_sum_that_is_refused_can_be_negative():
     student = torch.tensor([[0.6, 0.2, 0.1, 0.1]]).log()
     teacher = torch.tensor([[0.7, 0.25, 0.04, 0.01]]).log()
@@ -112,8 +121,8 @@ def test_a_tail_without_probability_gives_finite_gradients(alpha):
     teacher[1, 5] = 0.0
     student[:, 4] = -math.inf
     sides = [side.log_softmax(-1).clamp(min=LOWEST) for side in (student, teacher)]
-    value, gradient = compute_divergence(*sides, Divergence(alpha, topk=2))
-    exact, exact_gradient = compute_divergence(*[side.double() for side in sides], Divergence(alpha))
+    value, gradient, *_ = compute_divergence(*sides, Divergence(alpha, topk=2))
+    exact, exact_gradient, *_ = compute_divergence(*[side.double() for side in sides], Divergence(alpha))
     assert bool(gradient.isfinite().all())
     torch.testing.assert_close(value.double()[0], exact[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient.double()[0], exact_gradient[0], rtol=1e-5, atol=1e-5)

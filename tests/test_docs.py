@@ -62,13 +62,18 @@ def test_json_block_is_json(text):
 
 @pytest.mark.parametrize("text", list_blocks("bash"))
 def test_command_block_names_commands_that_exist(text, capsys):
-    """Shell lines are run as far as is cheap: make targets exist, our own commands parse."""
-    for line in text.strip().splitlines():
+    """Shell lines are run as far as is cheap: make targets exist, our own commands parse.
+
+    The launches of docs/scaling.md are run by test_processes.py.
+    """
+    for line in text.strip().replace("\\\n", " ").splitlines():
         words = line.split("#")[0].split()
         if not words:
             continue
         if words[0] == "make":
             assert set(words[1:]) <= MAKE_TARGETS, line
+        elif words[0] == "accelerate":
+            check_launch(words)
         elif words[0] == "imagine-opd":
             with pytest.raises(SystemExit) as caught:
                 main([words[1], "--help"])
@@ -80,6 +85,20 @@ def test_command_block_names_commands_that_exist(text, capsys):
             build_parser().parse_known_args(shlex.split(line.split("#")[0])[1:])
         else:
             assert words[0] in ("pip", "git", "cd", "python", "pytest", ".venv/bin/python"), line
+
+
+def check_launch(words: list[str]) -> None:
+    """The launcher takes its options, and `imagine-opd` the rest; the config is one that is shipped."""
+    from accelerate.commands.launch import launch_command_parser
+
+    from imagine_opd.cli import build_parser
+
+    assert words[1] == "launch"
+    options = launch_command_parser().parse_args(words[2:])
+    assert options.module
+    assert options.training_script == "imagine_opd"
+    assert (ROOT / options.config_file).is_file()
+    build_parser().parse_args(options.training_script_args)
 
 
 def test_links_between_pages_lead_somewhere():

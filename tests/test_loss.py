@@ -235,6 +235,24 @@ def test_every_mode_equals_its_plain_formula_in_value_and_gradient(fields, kind)
         torch.testing.assert_close(ours, plain, atol=1e-10, rtol=1e-9)
 
 
+@pytest.mark.parametrize("fields", [{}, {"distillation_mode": "sampled_token"}, {"distillation_kl_clip": 0.1}])
+def test_distillation_loss_is_each_tokens_own_without_weights_rewards_and_unlikelihood(fields):
+    config = ObjectiveConfig(**fields)
+    heads = make_head("softcap", 1), make_head("softcap", 2)
+    plain = dataclasses.replace(make_menu_scores(config, heads[0]), weights_N=None)
+    mixed = dataclasses.replace(
+        make_menu_scores(config, heads[0]),
+        distill_N=torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 1.0]),
+        reward_advantages_N=torch.tensor([0.5, 0.5, 0.5, -1.0, -1.0, 2.0]),
+        leaked_N=torch.tensor([False, True, False, False, True, True]),
+    )
+    expected = compute_objective(plain, *heads, config).detach()
+    expected[2:5] = 0.0  # one without weight, and the completion that the teacher has no share in
+    found = objective(mixed, *heads, config)
+    torch.testing.assert_close(found.distillation_loss_N, expected, atol=1e-10, rtol=1e-9)
+    assert float((found.loss_N - mixed.weights_N * expected).abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize("fields", MENU.values(), ids=MENU)
 def test_each_mode_of_no_tokens_is_exactly_zero_and_attached(fields):
     config = ObjectiveConfig(**fields)

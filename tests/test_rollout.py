@@ -11,7 +11,7 @@ from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.models import TokenIds, read_token_ids
 from imagine_opd.prompts import build_prompt
 from imagine_opd.rollout import HFEngine, SamplingConfig, finish_completions
-from imagine_opd.rollout.finish import find_truncated
+from imagine_opd.rollout.finish import find_truncated, join_rollouts
 from imagine_opd.rollout.hf import pad_prompts
 from imagine_opd.scoring import score_side
 from imagine_opd.views import make_views
@@ -39,6 +39,13 @@ def test_mask_ends_with_the_first_end_token_even_when_padding_is_the_end_token()
 def test_several_end_tokens_each_end_a_completion():
     rollouts = finish_completions(torch.tensor([[5, 8, 1], [9, 8, 1]]), torch.zeros(2, 3), TokenIds((8, 9), 0, ()))
     assert rollouts.completion_mask_BT.long().tolist() == [[1, 1, 0], [1, 0, 0]]
+
+
+def test_rollouts_of_none_lie_on_the_device_asked_for():
+    """A process all of whose rows are bad goes on with them, beside tensors of its device."""
+    none = join_rollouts([], 0, torch.device("meta"))
+    for tensor in (none.completion_ids_BT, none.completion_mask_BT, none.sampling_logprobs_BT):
+        assert (tensor.device.type, tensor.shape[0]) == ("meta", 0)
 
 
 def test_planted_vision_token_drops_its_row_and_no_other():

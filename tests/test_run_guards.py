@@ -65,6 +65,11 @@ def test_every_figure_is_in_the_log_and_the_start_has_the_probe(make_trainer):
         assert log["leak_rate"] == log["leak_tokens"] == log["nonfinite_steps"] == 0.0
         assert 0.0 <= log["completions/repetition"] < 1.0
         assert log["rollout_drift"] < 1e-4
+        assert log["completions/min_length"] <= log["completions/mean_length"] <= log["completions/max_length"]
+        assert log["self_distillation/distillation_loss"] == pytest.approx(log["loss"], rel=1e-4)
+        assert log["distillation/loss_max"] > log["self_distillation/distillation_loss"]
+        assert log["step_time"] > log["time/rollout_s"] + log["time/step_s"]
+        assert "distillation/student_mass" not in log
     # the checks at the end of step 2 are in its own log
     assert second["teacher/change"] == 0.0
     assert {"gap/views", "gap/student"} <= second.keys()
@@ -102,6 +107,34 @@ def test_training_twice_expects_no_student_that_equals_its_teacher(make_trainer)
     trainer.train()
     trainer.train()
     assert trainer.teacher_report.identical_view_drift > 1e-3
+
+
+def test_topk_logs_the_mass_that_it_covers(make_trainer):
+    trainer = make_trainer(**QUIET, max_steps=1, distillation_mode="topk_tail", distillation_topk=2)
+    trainer.train()
+    log = read_metrics(trainer)[0]
+    assert 0.5 < log["distillation/student_mass"] < 1.0
+    assert 0.0 < log["distillation/teacher_mass"] < log["distillation/student_mass"]
+
+
+def test_num_tokens_runs_on_over_steps_and_a_resume(make_trainer, monkeypatch):
+    trainer = make_trainer(**QUIET, max_steps=2, save_strategy="steps", save_steps=2)
+    seen = []
+    exact = trainer.builder.build
+
+    def build(*args):
+        micro_batches, rollouts, total = exact(*args)
+        prompts = [len(pair.student.input_ids) for batch in micro_batches for pair in batch.prompts]
+        seen.append(sum(prompts) + int(rollouts.completion_mask_BT.sum()))
+        return micro_batches, rollouts, total
+
+    monkeypatch.setattr(trainer.builder, "build", build)
+    trainer.train()
+    assert [log["num_tokens"] for log in read_metrics(trainer)[:2]] == [seen[0], seen[0] + seen[1]]
+    resumed = make_trainer(**QUIET, max_steps=3, save_strategy="no")
+    resumed.train(resume_from_checkpoint="auto")
+    third = next(log for log in read_metrics(resumed) if log["step"] == 3)
+    assert sum(seen) < third["num_tokens"] < sum(seen) + 1.5 * max(seen)
 
 
 def test_no_callback_is_added_twice(make_trainer):

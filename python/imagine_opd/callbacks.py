@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from imagine_opd.metrics import StepMetrics
 from imagine_opd.outputs import guard_writing
 
 METRICS_FILE = "metrics.jsonl"
@@ -71,6 +72,16 @@ class StepProgressCallback(ProgressCallback):
             return
         shown = {"kl": logs.get("reverse_kl"), "entropy": logs.get("entropy"), "tags": logs.get("tag_rate")}
         self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
+
+
+class StepTimeCallback(TrainerCallback):
+    """Ends the step's time before checks, logs and checkpoints take theirs."""
+
+    def __init__(self, metrics: StepMetrics) -> None:
+        self.metrics = metrics
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.metrics.end_step()
 
 
 class TeacherUpdateCallback(TrainerCallback):

@@ -56,6 +56,14 @@ class Tilt:
     beta: float
 
 
+@dataclass(frozen=True)
+class DenseStats(TokenStats):
+    """With `topk`: what each side gives to the student's k likeliest tokens, `[N]`; constants."""
+
+    student_mass_N: torch.Tensor | None = None
+    teacher_mass_N: torch.Tensor | None = None
+
+
 def dense_token_stats(
     student_hidden_ND: torch.Tensor,
     student_head: nn.Linear | OutputHead,
@@ -69,7 +77,7 @@ def dense_token_stats(
     temperature: float = 1.0,
     backend: BackendName = "auto",
     tilt: Tilt | None = None,
-) -> TokenStats:
+) -> DenseStats:
     """As `linear_token_stats` with a row loss, which also gets the divergence and is differentiated in it and log p(y).
 
     Statistics are those of the whole vocabulary, whatever the divergence leaves out; `loss` alone has a gradient.
@@ -107,7 +115,9 @@ def dense_token_stats(
     if not any(wanted):
         return stats
     found = [gradients.hidden_ND, gradients.weight_VD, *([] if bias_V is None else [gradients.bias_V])]
-    return attach_gradients(stats, plan.backend, inputs, found)
+    attached = attach_gradients(stats, plan.backend, inputs, found)
+    assert isinstance(attached, DenseStats)
+    return attached
 
 
 class _ChunkRunner:
@@ -136,13 +146,14 @@ class _ChunkRunner:
 
     def __call__(
         self, chunk: slice, ids_C: torch.Tensor, row_loss: DivergenceLoss, row_inputs: Sequence[torch.Tensor]
-    ) -> TokenStats:
+    ) -> DenseStats:
         student_logits, teacher_logits = self.project_chunk(chunk)
         assert teacher_logits is not None
         logp_CV = self._read_logprobs(self._read_logits(student_logits))
         logq_CV = self._read_logprobs(self._tilt(self._read_logits(teacher_logits), chunk))
         stats = _compute_stats(logp_CV, logq_CV, ids_C)
-        value_C, grad_CV = compute_divergence(logp_CV, logq_CV, self.divergence)
+        value_C, grad_CV, student_mass_C, teacher_mass_C = compute_divergence(logp_CV, logq_CV, self.divergence)
+        stats = replace(stats, student_mass_N=student_mass_C, teacher_mass_N=teacher_mass_C)
         del logq_CV
         loss_C, weights_2C = self._weigh(stats, value_C, row_loss, row_inputs)
         if weights_2C is not None:
@@ -212,7 +223,7 @@ class _ChunkRunner:
         return grad_CV.mul_(logits.scale) if logits.scale != 1.0 else grad_CV
 
 
-def _compute_stats(logp_CV: torch.Tensor, logq_CV: torch.Tensor, ids_C: torch.Tensor) -> TokenStats:
+def _compute_stats(logp_CV: torch.Tensor, logq_CV: torch.Tensor, ids_C: torch.Tensor) -> DenseStats:
     """The statistics of whole rows, all constants."""
     vocabulary = logp_CV.shape[1]
     is_known_C = (ids_C >= 0) & (ids_C < vocabulary)
@@ -220,7 +231,7 @@ def _compute_stats(logp_CV: torch.Tensor, logq_CV: torch.Tensor, ids_C: torch.Te
     p_CV = logp_CV.exp()
     excluded_CV = logq_CV <= LOWEST
     ratio_CV = (logp_CV - logq_CV).masked_fill_(excluded_CV, MISSING_LOG_RATIO)
-    return TokenStats(
+    return DenseStats(
         student_logprob_N=logp_CV.gather(1, local_C1)[:, 0].masked_fill_(~is_known_C, torch.nan),
         teacher_logprob_N=logq_CV.gather(1, local_C1)[:, 0].masked_fill_(~is_known_C, torch.nan),
         reverse_kl_N=(ratio_CV.mul_(p_CV)).sum(1).clamp_(min=0.0),
@@ -229,9 +240,10 @@ def _compute_stats(logp_CV: torch.Tensor, logq_CV: torch.Tensor, ids_C: torch.Te
     )
 
 
-def _join_stats(parts: Sequence[TokenStats], dtype: torch.dtype, device: torch.device) -> TokenStats:
+def _join_stats(parts: Sequence[DenseStats], dtype: torch.dtype, device: torch.device) -> DenseStats:
     """The statistics of all chunks, and the sum of their losses; of none, empty ones and a loss of exactly 0."""
-    names = ("student_logprob_N", "teacher_logprob_N", "reverse_kl_N", "entropy_N", "missing_mass_N", "loss_N")
+    names = ["student_logprob_N", "teacher_logprob_N", "reverse_kl_N", "entropy_N", "missing_mass_N", "loss_N"]
+    names += [name for name in ("student_mass_N", "teacher_mass_N") if parts and getattr(parts[0], name) is not None]
     empty = torch.zeros(0, dtype=dtype, device=device)
     joined = {name: torch.cat([getattr(part, name) for part in parts]) if parts else empty for name in names}
-    return TokenStats(**joined, loss=joined["loss_N"].sum())
+    return DenseStats(**joined, loss=joined["loss_N"].sum())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +35,18 @@ class Divergence:
         return self.topk is None and self.kl_clip is None
 
 
+class DivergenceParts(NamedTuple):
+    """The value [C] and its gradient [C, V] in the student's logits over temperature.
+
+    student_mass_C, teacher_mass_C: what each side gives to the student's k likeliest tokens, with `topk` only.
+    """
+
+    value_C: torch.Tensor
+    gradient_CV: torch.Tensor
+    student_mass_C: torch.Tensor | None = None
+    teacher_mass_C: torch.Tensor | None = None
+
+
 def choose_stats_options(alpha: float) -> StatsOptions:
     """What the kernels must compute for this alpha."""
     if alpha == 1.0:
@@ -52,17 +65,16 @@ def read_divergence(stats: TokenStats, alpha: float) -> torch.Tensor:
     return stats.jsd_N / (alpha * (1.0 - alpha))
 
 
-def compute_divergence(
-    logp_CV: torch.Tensor, logq_CV: torch.Tensor, divergence: Divergence
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Value [C], and its gradient [C, V] in the student's logits over temperature.
+def compute_divergence(logp_CV: torch.Tensor, logq_CV: torch.Tensor, divergence: Divergence) -> DivergenceParts:
+    """The divergence of each row.
 
     With entries l_c and slopes h_c = dl_c / dlog p_c of the cells c: the gradient is h_i - p_i sum_c h_c for a token
     that is a cell of its own, and p_i (h_tail / p_tail - sum_c h_c) in the tail. Log-probs are at least `LOWEST`.
     """
     if divergence.topk is None or divergence.topk >= logp_CV.shape[1]:
         value_C, slope_CV = _sum_entries(logp_CV, logq_CV, divergence)
-        return value_C, slope_CV - logp_CV.exp() * slope_CV.sum(1, keepdim=True)
+        all_C = None if divergence.topk is None else torch.ones_like(value_C)
+        return DivergenceParts(value_C, slope_CV - logp_CV.exp() * slope_CV.sum(1, keepdim=True), all_C, all_C)
     logp_CK, token_CK = logp_CV.topk(divergence.topk, dim=1, sorted=False)
     logq_CK = logq_CV.gather(1, token_CK)
     tail_logp_CV = logp_CV.scatter(1, token_CK, LOWEST)
@@ -74,7 +86,8 @@ def compute_divergence(
     total_C1 = slope_CK.sum(1, keepdim=True)
     # p_i / p_tail as a softmax within the tail: the quotient of two underflows would be NaN.
     grad_CV = (tail_logp_CV - tail_logp_C1).exp_().mul_(slope_CK[:, -1:]).sub_(logp_CV.exp() * total_C1)
-    return value_C, grad_CV.scatter_(1, token_CK, slope_CK[:, :-1] - logp_CK.exp() * total_C1)
+    grad_CV = grad_CV.scatter_(1, token_CK, slope_CK[:, :-1] - logp_CK.exp() * total_C1)
+    return DivergenceParts(value_C, grad_CV, logp_CK.exp().sum(1), logq_CK.exp().sum(1))
 
 
 def _sum_entries(

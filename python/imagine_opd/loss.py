@@ -34,11 +34,14 @@ class Objective:
     """The weighted sum of the per-token losses (divide by the step's sum of weights) and the statistics behind it.
 
     `loss_sum` carries the gradient and can be differentiated once; the rest are constants. `loss_N` is weighted, and
-    the statistics are those of the whole vocabulary against the target, contrast included.
+    `distillation_loss_N` is what the teacher alone adds to it, not weighted: without rewards and unlikelihood.
+    The statistics are those of the whole vocabulary against the target, contrast included.
     """
 
     loss_sum: torch.Tensor
     loss_N: torch.Tensor
+    distillation_loss_N: torch.Tensor
+    weights_N: torch.Tensor
     stats: TokenStats
 
 
@@ -73,10 +76,7 @@ def objective(
         else:
             loss_C = bound_divergence(divergence_C, stats, sampling_logprobs_C, config)
         if extras_C3 is not None:
-            distill_C, rewards_C, leaks_C = extras_C3.unbind(dim=1)
-            reward_loss_C = clip_policy_loss(stats, sampling_logprobs_C, config, rewards_C)
-            loss_C = distill_C * loss_C + config.reward_weight * reward_loss_C
-            loss_C = loss_C + unlikelihood(stats.student_logprob_N, leaks_C)
+            loss_C = extras_C3[:, 0] * loss_C + _add_extra_losses(stats, sampling_logprobs_C, extras_C3, config)
         return weights_C * loss_C
 
     divergence = make_divergence(config)
@@ -103,7 +103,12 @@ def objective(
         )
     assert stats.loss is not None
     assert stats.loss_N is not None
-    return Objective(stats.loss, stats.loss_N, stats)
+    with torch.no_grad():
+        own_N = stats.loss_N / weights_N
+        if extras_N3 is not None:
+            own_N = own_N - _add_extra_losses(stats, scores.sampling_logprobs_N, extras_N3, config)
+        distillation_loss_N = torch.where(weights_N > 0, own_N, 0.0)
+    return Objective(stats.loss, stats.loss_N, distillation_loss_N, weights_N, stats)
 
 
 def make_divergence(config: ObjectiveConfig) -> Divergence:
@@ -136,6 +141,15 @@ def _stack_extras(scores: Scores, weights_N: torch.Tensor, config: ObjectiveConf
         for part, default in zip(parts, (1.0, 0.0, 0.0), strict=True)
     ]
     return torch.stack(filled, dim=1)
+
+
+def _add_extra_losses(
+    stats: TokenStats, sampling_logprobs_N: torch.Tensor, extras_N3: torch.Tensor, config: ObjectiveConfig
+) -> torch.Tensor:
+    """What rewards and unlikelihood add to each token's loss."""
+    _, rewards_N, leaks_N = extras_N3.unbind(dim=1)
+    reward_loss_N = clip_policy_loss(stats, sampling_logprobs_N, config, rewards_N)
+    return config.reward_weight * reward_loss_N + unlikelihood(stats.student_logprob_N, leaks_N)
 
 
 def _make_weights(scores: Scores, teacher_head: nn.Linear | OutputHead, config: ObjectiveConfig) -> torch.Tensor:

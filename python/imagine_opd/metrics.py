@@ -1,8 +1,7 @@
-"""A step's figures: summed while it runs, given out as means, totals, maxima and seconds per step at each log."""
+"""A step's figures: summed while it runs, given out as means, totals, extremes and seconds per step at each log."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ class StepMetrics:
         self._counts: dict[str, float] = defaultdict(float)
         self._totals: dict[str, float] = defaultdict(float)
         self._maxima: dict[str, float] = {}
+        self._minima: dict[str, float] = {}
         self._seconds: dict[str, float] = defaultdict(float)
 
     def add_mean(self, name: str, total: float, count: float = 1.0) -> None:
@@ -44,6 +44,21 @@ class StepMetrics:
         """A value; the log shows the largest."""
         self._maxima[name] = max(value, self._maxima.get(name, value))
 
+    def add_min(self, name: str, value: float) -> None:
+        """A value; the log shows the smallest."""
+        self._minima[name] = min(value, self._minima.get(name, value))
+
+    def start_step(self) -> None:
+        """An optimizer step begins: what is timed is per step, and `step_time` is the seconds of a whole one."""
+        self.synchronize()
+        self.steps += 1
+        self._step_started = time.perf_counter()
+
+    def end_step(self) -> None:
+        """The optimizer has stepped; what is done between steps (logs, checkpoints, evaluation) is no part of one."""
+        self.synchronize()
+        self._seconds["step_time"] += time.perf_counter() - self._step_started
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times a stage; the log shows `time/NAME_s`, seconds per step."""
@@ -53,25 +68,27 @@ class StepMetrics:
             yield
         finally:
             self.synchronize()
-            self._seconds[name] += time.perf_counter() - started
+            self._seconds[f"time/{name}_s"] += time.perf_counter() - started
 
     def drain(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> dict[str, float]:
         """The figures since the last log, which is now. `gather` gives those of all processes, which become one."""
-        parts = gather((self._sums, self._counts, self._totals, self._maxima, self._seconds))
+        parts = gather((self._sums, self._counts, self._totals, self._maxima, self._minima, self._seconds))
         steps = max(self.steps, 1)
         self.clear()
-        sums, counts, totals = (_add_all([part[place] for part in parts]) for place in range(3))
-        maxima, seconds = (_take_largest([part[place] for part in parts]) for place in (3, 4))
+        sums, counts, totals, maxima, minima, seconds = (
+            _join([part[place] for part in parts], join) for place, join in enumerate(_JOINS)
+        )
         figures = {name: total / counts[name] for name, total in sums.items() if counts[name]}
-        figures.update(totals)
-        figures.update(maxima)
-        figures.update({f"time/{name}_s": spent / steps for name, spent in seconds.items()})
+        for found in (totals, maxima, minima):
+            figures.update(found)
+        figures.update({name: spent / steps for name, spent in seconds.items()})
         return dict(sorted(figures.items()))
 
 
-def _add_all(parts: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
+_JOINS: tuple[Callable[[list[float]], float], ...] = (sum, sum, sum, max, min, max)
 
 
-def _take_largest(parts: list[dict[str, float]]) -> dict[str, float]:
-    return {name: max(part.get(name, -math.inf) for part in parts) for part in parts for name in part}
+def _join(parts: list[dict[str, float]], join: Callable[[list[float]], float]) -> dict[str, float]:
+    """Each name of any process, joined over the processes that have it."""
+    names = {name for part in parts for name in part}
+    return {name: join([part[name] for part in parts if name in part]) for name in names}

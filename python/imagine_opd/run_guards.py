@@ -14,10 +14,13 @@ from transformers import TrainerCallback
 
 from imagine_opd.answers import has_answer_tag
 from imagine_opd.batches import BatchBuilder, MicroBatch
+from imagine_opd.callbacks import StepTimeCallback
 from imagine_opd.completion_logger import CompletionLogger, CompletionSample
 from imagine_opd.config import ImagineOPDConfig
+from imagine_opd.dense import DenseStats
+from imagine_opd.distributed import sum_over_ranks
 from imagine_opd.image_identity import refuse_foreign_images
-from imagine_opd.kernels import TokenStats
+from imagine_opd.loss import Objective
 from imagine_opd.memory_advice import (
     explain_out_of_memory,
     explain_pass,
@@ -46,6 +49,8 @@ from imagine_opd.token_classes import TokenClassifier, note_kl
 from imagine_opd.types import PromptPair, Rollouts, Row
 
 # B completions, T completion tokens, N kept response tokens
+
+DISTILLATION_LOSS = "self_distillation/distillation_loss"
 
 
 class RunGuards:
@@ -76,7 +81,7 @@ class RunGuards:
             (self.args.teacher_check_steps, self.check_teacher),
             (self.args.probe_steps, lambda step: self.measure_probe()),
         )
-        return [CollapseCallback(self.args, self.trainer.say_once), watch, self.logger]
+        return [StepTimeCallback(self.metrics), CollapseCallback(self.args, self.trainer.say_once), watch, self.logger]
 
     # before step 0, and later
 
@@ -149,15 +154,17 @@ class RunGuards:
         """The step's completions. `step` is the number that its log will have."""
         count, figures = len(texts), self.metrics
         lengths = rollouts.completion_mask_BT.sum(dim=1).tolist()
-        figures.steps += 1
         figures.add_mean("completions/mean_length", float(sum(lengths)), count)
-        figures.add_max("completions/max_length", float(max(lengths, default=0)))
+        if lengths:
+            figures.add_max("completions/max_length", float(max(lengths)))
+            figures.add_min("completions/min_length", float(min(lengths)))
         figures.add_mean(
             "completions/clipped_ratio", float(find_truncated(rollouts, self.builder.engine.token_ids).sum()), count
         )
         figures.add_mean("tag_rate", float(sum(has_answer_tag(text) for text in texts)), count)
         tokens = float(sum((batch.weights_BT > 0).sum() for batch in micro_batches))
         figures.add_mean("loss_tokens", tokens, 1.0 / self.trainer.args.world_size)  # a step is one for all processes
+        self._count_tokens(micro_batches, sum(lengths))
         for reason, number in rollouts.dropped.items():
             figures.add_total(f"rows_dropped/{reason}", float(number))
         ids = rollouts.completion_ids_BT.tolist()
@@ -166,6 +173,14 @@ class RunGuards:
         every = self.args.teacher_check_steps
         if self.args.teacher_checks and (step == 1 or (every and step % every == 0)):
             self._check_images(micro_batches)
+
+    def _count_tokens(self, micro_batches: Sequence[MicroBatch], completion_tokens: int) -> None:
+        """`num_tokens`: all prompts of the student and their completions since step 0, of all processes."""
+        prompts = [pair.student for batch in micro_batches if batch.is_used for pair in batch.prompts]
+        own = float(sum(len(prompt.input_ids) for prompt in prompts) + completion_tokens)
+        state = self.trainer.state  # where it is saved with each checkpoint
+        state.num_input_tokens_seen += int(sum_over_ranks({"tokens": own})["tokens"])
+        self.metrics.put("num_tokens", float(state.num_input_tokens_seen))
 
     def _check_images(self, micro_batches: Sequence[MicroBatch]) -> None:
         found = [
@@ -193,8 +208,10 @@ class RunGuards:
             ]
         )
 
-    def note_objective(self, batch: MicroBatch, active_BT: torch.Tensor, stats: TokenStats) -> None:
-        """A micro-batch's per-token statistics."""
+    def note_objective(self, batch: MicroBatch, active_BT: torch.Tensor, result: Objective) -> None:
+        """A micro-batch's per-token losses and statistics."""
+        stats = result.stats
+        self._note_means(result)
         row_N, position_N = active_BT.nonzero(as_tuple=True)
         lengths_B = batch.rollouts.completion_mask_BT.sum(dim=1)
         classes_BT = self.classifier.classify(batch.rollouts.completion_ids_BT, batch.rollouts.completion_mask_BT)
@@ -202,6 +219,20 @@ class RunGuards:
         sampled_N = batch.rollouts.sampling_logprobs_BT[active_BT]
         drift_N = (stats.student_logprob_N.detach() - sampled_N).abs()
         self.metrics.add_mean("rollout_drift", float(drift_N.sum()), len(drift_N))
+
+    def _note_means(self, result: Objective) -> None:
+        stats = result.stats
+        figures = {"reverse_kl": stats.reverse_kl_N, "entropy": stats.entropy_N, "missing_mass": stats.missing_mass_N}
+        if isinstance(stats, DenseStats) and stats.student_mass_N is not None:
+            figures["distillation/student_mass"] = stats.student_mass_N
+            figures["distillation/teacher_mass"] = stats.teacher_mass_N
+        for name, values_N in figures.items():
+            assert values_N is not None
+            self.metrics.add_mean(name, float(values_N.detach().sum()), len(values_N))
+        loss_N, weights_N = result.distillation_loss_N, result.weights_N
+        self.metrics.add_mean(DISTILLATION_LOSS, float((weights_N * loss_N).sum()), float(weights_N.sum()))
+        if len(loss_N):
+            self.metrics.add_max("distillation/loss_max", float(loss_N.max()))
 
     def settle_step(self, model: Any, optimizer: Any, loss: torch.Tensor, batch: MicroBatch) -> None:
         """After each micro-batch's backward; at the step's last, whether the optimizer may step."""

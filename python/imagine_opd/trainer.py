@@ -176,6 +176,7 @@ class ImagineOPDTrainer(SafeSaving):
         self, epoch_iterator: Iterator[list[Row]], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], torch.Tensor]:
         """The next micro-batches with their rollouts, and the number of tokens in the step's loss."""
+        self.step_metrics.start_step()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         size, rank, ranks = self.args.train_batch_size, self.args.process_index, self.args.world_size
         if ranks > 1 and self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
@@ -238,8 +239,7 @@ class ImagineOPDTrainer(SafeSaving):
         # DDP and FSDP2 average gradients over the processes; the sum is meant.
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = loss_sum * (ranks / max(float(total), 1e-8))
-        self._note_objective(results[0])
-        self.guards.note_objective(inputs, active_BT, results[0].stats)
+        self.guards.note_objective(inputs, active_BT, results[0])
         return (loss, results[0]) if return_outputs else loss
 
     def _score_teacher(
@@ -257,13 +257,6 @@ class ImagineOPDTrainer(SafeSaving):
         with self.guards.explained_batch(batch), self.step_metrics.stage("teacher"):
             return self.teacher.run(model, compute)
 
-    def _note_objective(self, result: Objective) -> None:
-        stats = result.stats
-        figures = {"reverse_kl": stats.reverse_kl_N, "entropy": stats.entropy_N, "missing_mass": stats.missing_mass_N}
-        for name, values_N in figures.items():
-            assert values_N is not None
-            self.step_metrics.add_mean(name, float(values_N.detach().sum()), len(values_N))
-
     def training_step(self, model: Any, inputs: MicroBatch, num_items_in_batch: Any = None) -> torch.Tensor:
         """The Trainer's step, timed and guarded."""
         with self.step_metrics.stage("step"):
@@ -271,6 +264,9 @@ class ImagineOPDTrainer(SafeSaving):
                 loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             self.guards.settle_step(model, self.optimizer, loss, inputs)
         return loss
+
+    def _track_num_input_tokens(self, inputs: MicroBatch) -> None:
+        """Nothing: all of a step's tokens were counted with its rollouts."""
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         return inputs
