@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from transformers import TrainerCallback
 
 from imagine_opd.answers import has_answer_tag
 from imagine_opd.batches import BatchBuilder, MicroBatch
-from imagine_opd.callbacks import StepTimeCallback
+from imagine_opd.callbacks import COMPLETIONS_FILE, StepTimeCallback, append_line
 from imagine_opd.completion_logger import CompletionLogger, CompletionSample
 from imagine_opd.config import ImagineOPDConfig
 from imagine_opd.dense import DenseStats
 from imagine_opd.distributed import sum_over_ranks
+from imagine_opd.errors import RowError
+from imagine_opd.evaluation import decode_completions
 from imagine_opd.image_identity import refuse_foreign_images
 from imagine_opd.loss import Objective
 from imagine_opd.memory_advice import (
@@ -37,6 +40,7 @@ from imagine_opd.repetition import measure_repetition
 from imagine_opd.rollout.finish import find_truncated
 from imagine_opd.student import run_inside
 from imagine_opd.teacher import Teacher
+from imagine_opd.teacher_checks import TeacherReport, check_teacher
 from imagine_opd.teacher_watch import (
     TeacherRecord,
     TeacherWatchCallback,
@@ -85,11 +89,33 @@ class RunGuards:
 
     # before step 0, and later
 
-    def record_teacher(self, student: Any, pairs: Sequence[PromptPair]) -> None:
-        """Keep what the teacher says now, for the periodic check. `student` may be wrapped."""
-        with self.teacher.gathered(student) as module:
-            self.vocabulary_size = len(get_head(module).weight_VD)
-            self.record = record_teacher(module, pairs, self.builder.engine, self.args.max_completion_length)
+    def check_teacher_first(self, expect_identical: bool) -> TeacherReport:
+        """The checks before step 0 on the first rows, logged, and what the periodic check compares with.
+
+        expect_identical: teacher and student hold the same weights. Raises `TeacherError`, and `RowError` when no row
+        can be used.
+        """
+        rows, model = self.trainer.train_dataset, self.trainer.model_wrapped
+        count = min(self.args.teacher_check_rows, len(rows))
+        pairs = [pair for pair in self.builder.build_pairs([rows[i] for i in range(count)]) if pair is not None]
+        if not pairs:
+            raise RowError(f"none of the first {count} rows can be used; see the messages above")
+        engine, sampling = self.builder.engine, self.builder.sampling
+        explained = self.explained_check("the teacher checks before step 0", lambda: pairs)
+        with explained, self.trainer.accelerator.autocast():
+            report = check_teacher(model, self.teacher, pairs, engine, sampling, self.args.seed, expect_identical)
+            with self.teacher.gathered(model) as module:
+                self.vocabulary_size = len(get_head(module).weight_VD)
+                self.record = record_teacher(module, pairs, engine, self.args.max_completion_length)
+        self.metrics.clear()  # what the probe rows cost is not the first step's
+        for name, value in report.as_metrics().items():
+            self.metrics.put(name, value)
+        if report.privilege_gap <= 0:
+            self.trainer.say_once(
+                f"the teacher gains nothing from its view (privilege gap {report.privilege_gap:.4f} nats per token): "
+                "check the boxes"
+            )
+        return report
 
     def start_probe(self, student: Any, rows: Sequence[Row]) -> None:
         """Make the probe of these rows and measure it. `student` may be wrapped."""
@@ -148,10 +174,9 @@ class RunGuards:
 
     # each step
 
-    def note_rollouts(
-        self, micro_batches: Sequence[MicroBatch], rollouts: Rollouts, texts: Sequence[str], step: int
-    ) -> None:
-        """The step's completions. `step` is the number that its log will have."""
+    def note_rollouts(self, micro_batches: Sequence[MicroBatch], rollouts: Rollouts, step: int) -> None:
+        """The step's completions: figures, checks, samples. `step` is the number that its log will have."""
+        texts = decode_completions(self.builder.processor, rollouts.completion_ids_BT, rollouts.completion_mask_BT)
         count, figures = len(texts), self.metrics
         lengths = rollouts.completion_mask_BT.sum(dim=1).tolist()
         figures.add_mean("completions/mean_length", float(sum(lengths)), count)
@@ -173,6 +198,8 @@ class RunGuards:
         every = self.args.teacher_check_steps
         if self.args.teacher_checks and (step == 1 or (every and step % every == 0)):
             self._check_images(micro_batches)
+        if self.args.log_completions and step % max(int(self.trainer.state.logging_steps or 1), 1) == 0:
+            self._log_completions(micro_batches, texts, step)
 
     def _count_tokens(self, micro_batches: Sequence[MicroBatch], completion_tokens: int) -> None:
         """`num_tokens`: all prompts of the student and their completions since step 0, of all processes."""
@@ -183,30 +210,25 @@ class RunGuards:
         self.metrics.put("num_tokens", float(state.num_input_tokens_seen))
 
     def _check_images(self, micro_batches: Sequence[MicroBatch]) -> None:
-        found = [
-            item for batch in micro_batches if batch.is_used for item in zip(batch.rows, batch.prompts, strict=True)
-        ]
-        found = found[:: self.args.num_generations][: self.args.teacher_check_rows]
+        found = list_used(micro_batches)[:: self.args.num_generations][: self.args.teacher_check_rows]
         rows, pairs = [row for row, _ in found], [pair for _, pair in found]
         refuse_blind_batch(pairs)
         refuse_foreign_images(rows, pairs, self.builder.build_pairs, exact=not self.args.scaled_decode)
 
-    def hold_completions(self, shown: Sequence[tuple[Row, PromptPair, str]]) -> None:
-        """Completions that go out with the next log, with thumbnails where something takes them."""
-        if not self.logger.has_reporter:
+    def _log_completions(self, micro_batches: Sequence[MicroBatch], texts: Sequence[str], step: int) -> None:
+        """A few lines in the run's file, and with thumbnails for the next log where something takes them."""
+        if not self.trainer.is_world_process_zero():
             return
-        self.logger.hold(
-            [
-                CompletionSample(
-                    row.id or row.source,
-                    row.question,
-                    row.answer,
-                    text,
-                    tuple(make_thumbnails(pair.student.view, self.builder.view_config)),
-                )
-                for row, pair, text in shown
-            ]
-        )
+        shown = list(zip(list_used(micro_batches), texts, strict=True))[: self.args.num_completions_to_log]
+        for (row, _), text in shown:
+            line = {"step": step, "id": row.id or row.source, "question": row.question, "answer": row.answer}
+            append_line(Path(self.args.output_dir, COMPLETIONS_FILE), {**line, "completion": text})
+        if self.logger.has_reporter:
+            self.logger.hold([self._make_sample(row, pair, text) for (row, pair), text in shown])
+
+    def _make_sample(self, row: Row, pair: PromptPair, text: str) -> CompletionSample:
+        pictures = tuple(make_thumbnails(pair.student.view, self.builder.view_config))
+        return CompletionSample(row.id or row.source, row.question, row.answer, text, pictures)
 
     def note_objective(self, batch: MicroBatch, active_BT: torch.Tensor, result: Objective) -> None:
         """A micro-batch's per-token losses and statistics."""
@@ -273,3 +295,9 @@ class RunGuards:
 
         with explained_memory(explain):
             yield
+
+
+def list_used(micro_batches: Sequence[MicroBatch]) -> list[tuple[Row, PromptPair]]:
+    """Row and prompts of each completion of a step, in the order of its rollouts."""
+    used = [batch for batch in micro_batches if batch.is_used]
+    return [item for batch in used for item in zip(batch.rows, batch.prompts, strict=True)]

@@ -21,16 +21,14 @@ from transformers import ProgressCallback
 from imagine_opd.adapters import write_budget
 from imagine_opd.batches import BatchBuilder, MicroBatch
 from imagine_opd.callbacks import (
-    COMPLETIONS_FILE,
     RunFolderCallback,
     StepProgressCallback,
     TeacherUpdateCallback,
-    append_line,
 )
 from imagine_opd.config import ImagineOPDConfig, save_recipe
 from imagine_opd.distributed import count_own_rows, gather_figures, keep_fp32_results, settle_launch
-from imagine_opd.errors import ConfigError, RowError
-from imagine_opd.evaluation import decode_completions, evaluate_model
+from imagine_opd.errors import ConfigError
+from imagine_opd.evaluation import evaluate_model
 from imagine_opd.loss import Objective, ObjectiveConfig, objective
 from imagine_opd.merging import refuse_unmergeable, replace_adapter
 from imagine_opd.metrics import StepMetrics
@@ -50,8 +48,8 @@ from imagine_opd.sharding import gather_parameters, is_sharded, shard_like
 from imagine_opd.step_advantages import add_step_advantages
 from imagine_opd.student import open_forward, run_inside
 from imagine_opd.teacher import MOVING_TEACHER, build_teacher
-from imagine_opd.teacher_checks import TeacherReport, check_teacher
-from imagine_opd.types import Rollouts, Row
+from imagine_opd.teacher_checks import TeacherReport
+from imagine_opd.types import Row
 
 
 class ImagineOPDTrainer(SafeSaving):
@@ -182,7 +180,7 @@ class ImagineOPDTrainer(SafeSaving):
         if ranks > 1 and self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
             batches[-1] = batches[-1][: count_own_rows(len(self.train_dataset), size, rank, ranks)]
         micro_batches, rollouts, total = self.builder.build(self.model_wrapped, batches, self.state.global_step)
-        self._note_rollouts(micro_batches, rollouts)
+        self.guards.note_rollouts(micro_batches, rollouts, self.state.global_step + 1)
         if self.objective_config.shapes_advantages:
             with self.accelerator.autocast(), self.teacher.open_head(self.model_wrapped) as teacher_head:
                 micro_batches = add_step_advantages(
@@ -316,33 +314,8 @@ class ImagineOPDTrainer(SafeSaving):
 
     def run_teacher_checks(self) -> TeacherReport:
         """The start-up checks of `imagine_opd.teacher_checks` on the first rows; raises `TeacherError`."""
-        count = min(self.args.teacher_check_rows, len(self.train_dataset))
-        pairs = [
-            pair for pair in self.builder.build_pairs([self.train_dataset[i] for i in range(count)]) if pair is not None
-        ]
-        if not pairs:
-            raise RowError(f"none of the first {count} rows can be used; see the messages above")
-        explained = self.guards.explained_check("the teacher checks before step 0", lambda: pairs)
-        with explained, self.accelerator.autocast():
-            self.teacher_report = check_teacher(
-                self.model_wrapped,
-                self.teacher,
-                pairs,
-                self.engine,
-                self.builder.sampling,
-                self.args.seed,
-                # Weights that have moved since step 0 need not agree under one view.
-                self.teacher.equals_student and not self.has_moved,
-            )
-            self.step_metrics.clear()  # what the probe rows cost is not the first step's
-            self.guards.record_teacher(self.model_wrapped, pairs)
-        for name, value in self.teacher_report.as_metrics().items():
-            self.step_metrics.put(name, value)
-        if self.teacher_report.privilege_gap <= 0:
-            self.say_once(
-                f"the teacher gains nothing from its view (privilege gap {self.teacher_report.privilege_gap:.4f} nats "
-                "per token): check the boxes"
-            )
+        # Weights that have moved since step 0 need not agree under one view.
+        self.teacher_report = self.guards.check_teacher_first(self.teacher.equals_student and not self.has_moved)
         return self.teacher_report
 
     def evaluate(
@@ -408,23 +381,6 @@ class ImagineOPDTrainer(SafeSaving):
             save_recipe(self.args, folder)
             # A pickle of our settings: `run.json` and `imagine_opd.json` say the same and can be read safely.
             (folder / "training_args.bin").unlink(missing_ok=True)
-
-    def _note_rollouts(self, micro_batches: Sequence[MicroBatch], rollouts: Rollouts) -> None:
-        texts = decode_completions(self.processor, rollouts.completion_ids_BT, rollouts.completion_mask_BT)
-        step = self.state.global_step + 1
-        self.guards.note_rollouts(micro_batches, rollouts, texts, step)
-        if not self.args.log_completions or step % max(int(self.state.logging_steps or 1), 1):
-            return
-        if not self.is_world_process_zero():
-            return
-        used = [
-            item for batch in micro_batches if batch.is_used for item in zip(batch.rows, batch.prompts, strict=True)
-        ]
-        shown = list(zip(used, texts, strict=True))[: self.args.num_completions_to_log]
-        for (row, _), text in shown:
-            line = {"step": step, "id": row.id or row.source, "question": row.question, "answer": row.answer}
-            append_line(Path(self.args.output_dir, COMPLETIONS_FILE), {**line, "completion": text})
-        self.guards.hold_completions([(row, pair, text) for (row, pair), text in shown])
 
 
 def pick_rows(values_B: torch.Tensor | None, row_N: torch.Tensor) -> torch.Tensor | None:
