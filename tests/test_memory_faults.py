@@ -127,10 +127,3 @@ def test_evaluation_is_told_with_its_rows_and_the_callers_field(make_trainer, mo
     rows, config = trainer.eval_dataset, tiny.view_config
     with pytest.raises(DeviceMemoryError, match=r"in the evaluation: 3 prompts .* \(1\) batch_size=1 \(now 3\)"):
         evaluate_model(trainer.model, trainer.processor, rows, config, trainer.args)
-
-
-def test_probe_takes_as_many_rows_as_it_was_told(make_trainer):
-    """More than the teacher checks take."""
-    trainer = make_trainer(teacher_check_rows=2, probe_rows=5)
-    trainer.run_teacher_checks()
-    assert len(trainer.guards.probe.prompts["student"]) == 5
