@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -254,23 +255,39 @@ def test_each_shipped_launch_config_has_its_command_in_the_docs() -> None:
     assert len(LAUNCHES["fsdp2, 2 machines"]) == 2
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_documented_launch_trains_as_one_process(
-    name: str, called_alone: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    """The docs' own words: only recipe, address, port and the number of processes, here two in all, are put in."""
+def launch(name: str, folder: Path, *options: str) -> dict[str, torch.Tensor]:
+    """The trained weights, written to `folder/run`. DeepSpeed's launch is skipped where it is not installed.
+
+    The docs' own words: only recipe, address, port and the number of processes, here two in all, are put in.
+    """
     if name.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     port = str(find_free_port())
+    recipe = shlex.join([str(write_call(folder)), "--output_dir", str(folder / "run"), *options])
     commands = []
     for line in LAUNCHES[name]:
         line = re.sub(r"--num_processes \d+", "--num_processes 2", line).replace("ADDRESS", "127.0.0.1")
-        line = line.replace("CONFIG.yaml", f"{write_call(tmp_path)} --output_dir {tmp_path / 'run'}")
-        line = line.replace("configs/accelerate", str(CONFIGS)).replace("29500", port)
+        line = line.replace("29500", port).replace("configs/accelerate", str(CONFIGS)).replace("CONFIG.yaml", recipe)
         words = shlex.split(line)[2:]
         ports = [] if port in words else ["--main_process_port", port]
         commands.append(["-m", "accelerate.commands.launch", *ports, *words])
     printed = run_commands(commands, timeout_s=240, env={"ACCELERATE_USE_CPU": "false"})
-    assert f"trained 2 steps; the model is in {tmp_path / 'run'}" in printed[0]
-    saved = {key: p.detach() for key, p in load_model(tmp_path / "run").named_parameters()}
-    assert largest_difference(saved, called_alone) < 1e-5
+    assert f"trained 2 steps; the model is in {folder / 'run'}" in printed[0]
+    return {key: p.detach() for key, p in load_model(folder / "run").named_parameters()}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_documented_launch_trains_as_one_process(
+    name: str, called_alone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    assert largest_difference(launch(name, tmp_path), called_alone) < 1e-5
+
+
+def test_deepspeed_goes_on_from_its_checkpoint(called_alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    launch("deepspeed_zero3", tmp_path, "--save_strategy", "steps", "--save_steps", "1")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    again = launch("deepspeed_zero3", tmp_path, "--resume_from_checkpoint", "auto")
+    logged = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in logged if "loss" in line] == [1, 2]
+    assert largest_difference(again, called_alone) < 1e-5
