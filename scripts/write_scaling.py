@@ -103,9 +103,9 @@ accelerate launch --config_file configs/accelerate/deepspeed_zero3.yaml --num_pr
 
 Shown on a CPU, with DeepSpeed 0.19 and two processes over gloo: all weights of the tiny model, split while they are
 loaded, with a frozen copy as teacher, the teacher's start-up checks, and bad rows on one process; two steps end at the
-weights of one process within 1e-5, in a checkpoint that any Hugging Face tool loads. Not shown: GPUs, bfloat16, LoRA, a
-moving teacher, a resume and offload under ZeRO-3. Where DeepSpeed is not installed, and no other extra brings it, the
-test run leaves this test out and says so.
+weights of one process within 1e-5, in a checkpoint that any Hugging Face tool loads, and so does a run that goes on
+from its first step's checkpoint. Not shown under ZeRO-3: GPUs, bfloat16, LoRA, a moving teacher, offload. Where
+DeepSpeed is not installed, and no other extra brings it, the test run leaves these tests out and says so.
 
 ## Several nodes
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -255,18 +256,18 @@ def test_each_shipped_launch_config_has_its_command_in_the_docs() -> None:
 
 
 def launch(name: str, folder: Path, *options: str) -> dict[str, torch.Tensor]:
-    """The weights that two processes leave, started by the docs' own words.
+    """The trained weights, written to `folder/run`. DeepSpeed's launch is skipped where it is not installed.
 
-    Only recipe, options, address, port and the number of processes, here two in all, are put in.
+    The docs' own words: only recipe, address, port and the number of processes, here two in all, are put in.
     """
     if name.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    port, call = str(find_free_port()), [str(write_call(folder)), "--output_dir", str(folder / "run"), *options]
+    port = str(find_free_port())
+    recipe = shlex.join([str(write_call(folder)), "--output_dir", str(folder / "run"), *options])
     commands = []
     for line in LAUNCHES[name]:
         line = re.sub(r"--num_processes \d+", "--num_processes 2", line).replace("ADDRESS", "127.0.0.1")
-        line = line.replace("CONFIG.yaml", shlex.join(call))
-        line = line.replace("configs/accelerate", str(CONFIGS)).replace("29500", port)
+        line = line.replace("29500", port).replace("configs/accelerate", str(CONFIGS)).replace("CONFIG.yaml", recipe)
         words = shlex.split(line)[2:]
         ports = [] if port in words else ["--main_process_port", port]
         commands.append(["-m", "accelerate.commands.launch", *ports, *words])
@@ -293,3 +294,13 @@ def test_split_adapter_is_merged_whole(name: str, tmp_path: Path) -> None:
     assert layers > 0
     assert len(moved) == 7 * layers  # its attention and its feed-forward, and nothing else
     assert all(".language_model.layers." in key for key in moved)
+
+
+def test_deepspeed_goes_on_from_its_checkpoint(called_alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    launch("deepspeed_zero3", tmp_path, "--save_strategy", "steps", "--save_steps", "1")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    again = launch("deepspeed_zero3", tmp_path, "--resume_from_checkpoint", "auto")
+    logged = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in logged if "loss" in line] == [1, 2]
+    assert largest_difference(again, called_alone) < 1e-5
