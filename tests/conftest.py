@@ -30,7 +30,7 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny_session() -> Tiny:
     from imagine_opd.demo import TINY_VIEWS, base_model_path
-    from imagine_opd.models import load_model, load_processor
+    from imagine_opd.models.access import load_model, load_processor
     from imagine_opd.views import view_config_from
 
     torch.set_num_threads(1)  # the model is too small for two threads to pay

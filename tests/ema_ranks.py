@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mes
 from weight_cases import LORA, make_student, project, shake
 
 from imagine_opd.demo import base_model_path
-from imagine_opd.ema import reshard
-from imagine_opd.models import get_body, load_model, load_processor
-from imagine_opd.student import open_forward
-from imagine_opd.teacher import build_teacher
+from imagine_opd.models.access import get_body, load_model, load_processor
+from imagine_opd.models.student import open_forward
+from imagine_opd.teacher.ema import reshard
+from imagine_opd.teacher.load import build_teacher
 
 KINDS = {"full": {}, "dora": {**LORA, "use_dora": True, "lora_modules_to_save": ["lm_head"]}}
 

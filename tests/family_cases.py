@@ -9,7 +9,7 @@ from model_families import Built, build_family
 from pictures import draw_image, encode
 
 from imagine_opd.config import build_config
-from imagine_opd.models import read_token_ids
+from imagine_opd.models.access import read_token_ids
 from imagine_opd.privilege import PrivilegeConfig, build_prompts
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.settings import make_view_config

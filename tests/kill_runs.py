@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from imagine_opd.config import build_config
 from imagine_opd.demo import base_model_path, make_scenes, scenes_to_rows
 from imagine_opd.demo.recipe import TINY_RECIPE
-from imagine_opd.models import load_model, load_processor
+from imagine_opd.models.access import load_model, load_processor
 from imagine_opd.trainer import ImagineOPDTrainer
 
 STEPS = 8
@@ -112,7 +112,7 @@ def fork_run(folder: Path, way: str, kill_at: int | None = None) -> int:
 
 def plant_kill(number: int) -> None:
     """Have this process killed before the `number`-th rename, flush, new folder or removed file of `checkpoints.py`."""
-    import imagine_opd.checkpoints as checkpoints
+    import imagine_opd.checkpoints.files as checkpoints
 
     done = 0
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from imagine_opd.advantages import compute_advantages, measure_advantages, shape_advantages
-from imagine_opd.loss import ObjectiveConfig
+from imagine_opd.loss.advantages import compute_advantages, measure_advantages, shape_advantages
+from imagine_opd.loss.objective import ObjectiveConfig
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from imagine_opd import checkpoints
-from imagine_opd.checkpoints import (
+from imagine_opd.checkpoints import files as checkpoints
+from imagine_opd.checkpoints.files import (
     DataOrder,
     clear_leftovers,
     find_checkpoint,

@@ -12,7 +12,7 @@ from imagine_opd import ImagineOPDConfig
 from imagine_opd.cli.train import read_numbers
 from imagine_opd.config import RECIPE_FILE, build_config, load_recipe, save_recipe
 from imagine_opd.errors import ConfigError
-from imagine_opd.objective_config import ObjectiveConfig
+from imagine_opd.loss.config import ObjectiveConfig
 
 
 @pytest.mark.parametrize(

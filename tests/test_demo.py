@@ -18,7 +18,7 @@ from imagine_opd.config import build_config
 from imagine_opd.demo import base_model_path, make_scenes, plans
 from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.errors import ConfigError
-from imagine_opd.models import load_model
+from imagine_opd.models.access import load_model
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "measure_demo.py"
 
@@ -104,7 +104,7 @@ def test_demo_leaves_result_sheet_and_model(tiny_plan, tmp_path, capsys, options
 
 def test_demo_with_lora_trains_an_adapter_alone(tiny_plan, tmp_path, capsys, monkeypatch):
     import imagine_opd.api
-    from imagine_opd.models import load_model
+    from imagine_opd.models.access import load_model
 
     pytest.importorskip("peft")
     trained = []

@@ -13,7 +13,10 @@ import torch
 from processes import run_command, run_in_processes
 from torch import nn
 
-from imagine_opd.distributed import (
+from imagine_opd.errors import ConfigError
+from imagine_opd.models.access import get_body, get_head, load_model
+from imagine_opd.models.student import open_forward, run_inside
+from imagine_opd.parallel.processes import (
     count_own_rows,
     gather_figures,
     keep_fp32_results,
@@ -21,9 +24,7 @@ from imagine_opd.distributed import (
     sum_over_ranks,
     sum_tensor_over_ranks,
 )
-from imagine_opd.errors import ConfigError
-from imagine_opd.models import get_body, get_head, load_model
-from imagine_opd.sharding import (
+from imagine_opd.parallel.sharding import (
     gather_full_tensor,
     gather_parameters,
     is_fsdp2,
@@ -32,7 +33,6 @@ from imagine_opd.sharding import (
     shard_like,
     unwrap_parallel,
 )
-from imagine_opd.student import open_forward, run_inside
 
 KINDS = ("tied", "untied", "lora")
 KEPT = (4, 3)  # tokens in the loss of rank 0 and of rank 1

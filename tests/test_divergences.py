@@ -9,9 +9,9 @@ import pytest
 import torch
 from plain_objective import compute_divergence as compute_plain
 
-from imagine_opd.divergences import Divergence, choose_stats_options, compute_divergence, read_divergence
 from imagine_opd.kernels import token_stats
 from imagine_opd.kernels.types import LOWEST
+from imagine_opd.loss.divergences import Divergence, choose_stats_options, compute_divergence, read_divergence
 
 C, V = 5, 9
 

@@ -10,10 +10,10 @@ from ema_ranks import compare_average
 from processes import run_in_processes
 from weight_cases import LORA, make_inputs, make_student, project, shake, wrap_layers
 
-from imagine_opd.ema import Shadows
 from imagine_opd.errors import ConfigError
-from imagine_opd.merging import compute_delta, find_lora_layers
-from imagine_opd.teacher import build_teacher
+from imagine_opd.teacher.ema import Shadows
+from imagine_opd.teacher.load import build_teacher
+from imagine_opd.teacher.merging import compute_delta, find_lora_layers
 
 CPU = torch.device("cpu")
 

@@ -43,7 +43,7 @@ def test_dry_run_explains_the_first_row_and_trains_nothing(dataset, tmp_path, ca
     assert "question   what digit is on the" in printed
     assert "\x1b" not in printed  # captured: no terminal
     assert "<h2>One rollout</h2>" in (out / "explain.html").read_text(encoding="utf-8")
-    from imagine_opd.models import load_model
+    from imagine_opd.models.access import load_model
 
     fresh = load_model(base_model_path()).state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in result.model.state_dict().items())

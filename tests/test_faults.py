@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from toy_runs import Act, Rows, make_toy, names_in, run_program, take_weights
 
-from imagine_opd import outputs, saving
+from imagine_opd import outputs
 from imagine_opd.callbacks import append_line
-from imagine_opd.checkpoints import find_fault, list_checkpoints
+from imagine_opd.checkpoints import saving
+from imagine_opd.checkpoints.files import find_fault, list_checkpoints
 from imagine_opd.errors import ConfigError, ImagineError, OutputError
 from imagine_opd.outputs import guard_writing
 

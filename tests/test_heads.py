@@ -11,7 +11,7 @@ from family_cases import find_family, make_pairs, make_rows, project
 
 from imagine_opd.errors import ConfigError
 from imagine_opd.kernels import linear_token_stats
-from imagine_opd.models import get_body, get_head, read_token_ids
+from imagine_opd.models.access import get_body, get_head, read_token_ids
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.scoring import score_side
 

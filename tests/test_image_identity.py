@@ -9,7 +9,7 @@ import pytest
 
 from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.errors import TeacherError
-from imagine_opd.image_identity import hash_images, refuse_foreign_images, split_images
+from imagine_opd.guards.image_identity import hash_images, refuse_foreign_images, split_images
 from imagine_opd.privilege import PrivilegeConfig, build_prompts
 from imagine_opd.types import PromptPair
 from imagine_opd.views import make_views

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from imagine_opd.leak_meter import LeakMeter
-from imagine_opd.metrics import StepMetrics
+from imagine_opd.leaks.meter import LeakMeter
+from imagine_opd.metrics.step import StepMetrics
 from imagine_opd.privilege import PrivilegeConfig, build_prompts
 from imagine_opd.types import PromptPair, Rollouts
 from imagine_opd.views import make_views

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from imagine_opd.leak_loss import unlikelihood
-from imagine_opd.leaks import collect_private_ngrams, find_leaks, mask_leaks
+from imagine_opd.leaks.spans import collect_private_ngrams, find_leaks, mask_leaks
+from imagine_opd.leaks.weighing import unlikelihood
 
 
 @pytest.mark.parametrize(

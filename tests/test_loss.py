@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imagine_opd.kernels import OutputHead
-from imagine_opd.loss import ObjectiveConfig, objective
+from imagine_opd.loss.objective import ObjectiveConfig, objective
 from imagine_opd.types import Scores
 
 N, D, V = 6, 8, 11
@@ -82,7 +82,7 @@ def test_full_gradient_is_the_expectation_of_the_sampled_token_gradient():
 )
 def test_policy_loss_clips_as_ppo_with_dual_clip(ratio, advantage, loss, has_gradient):
     from imagine_opd.kernels import TokenStats
-    from imagine_opd.loss import clip_policy_loss
+    from imagine_opd.loss.objective import clip_policy_loss
 
     old = torch.tensor([-1.0])
     student = (old + torch.tensor([ratio]).log()).requires_grad_()

@@ -42,11 +42,11 @@ from imagine_opd.memory import (
     read_model_shape,
 )
 from imagine_opd.memory.settings import PHASES
+from imagine_opd.models.vision_tower import freeze_vision_tower
 from imagine_opd.privilege import build_prompts
 from imagine_opd.settings import make_privilege_config
-from imagine_opd.teacher import build_teacher
+from imagine_opd.teacher.load import build_teacher
 from imagine_opd.views import make_views
-from imagine_opd.vision_tower import freeze_vision_tower
 
 # shapes
 

@@ -101,7 +101,7 @@ def test_start_up_checks_are_told_with_their_rows(make_trainer, monkeypatch, cal
 
 
 def test_probe_is_told_with_its_own_rows(make_trainer, monkeypatch):
-    from imagine_opd import run_guards
+    from imagine_opd.guards import run as run_guards
 
     trainer = make_trainer()
     run_out(monkeypatch, run_guards, "build_probe")
@@ -111,7 +111,7 @@ def test_probe_is_told_with_its_own_rows(make_trainer, monkeypatch):
 
 
 def test_periodic_check_is_told_with_its_step(make_trainer, monkeypatch):
-    from imagine_opd import run_guards
+    from imagine_opd.guards import run as run_guards
 
     trainer = make_trainer(teacher_check_steps=1, probe_rows=0)
     run_out(monkeypatch, run_guards, "check_teacher_again", call=2)

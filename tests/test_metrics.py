@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from imagine_opd.metrics import StepMetrics
+from imagine_opd.metrics.step import StepMetrics
 
 
 def test_figures_are_means_totals_extremes_and_seconds_per_step(monkeypatch):

@@ -20,14 +20,14 @@ from imagine_opd.adapters import find_adapter
 from imagine_opd.config import build_config
 from imagine_opd.errors import ConfigError, RowError, TeacherError
 from imagine_opd.kernels import linear_token_stats
-from imagine_opd.models import fit_inputs, get_body, get_head, load_processor, read_token_ids
+from imagine_opd.models.access import fit_inputs, get_body, get_head, load_processor, read_token_ids
 from imagine_opd.prompts import build_prompt
 from imagine_opd.rollout import HFEngine, SamplingConfig, finish_completions
 from imagine_opd.rollout.hf import pad_prompts
 from imagine_opd.scoring import join_sequences, score_side
 from imagine_opd.settings import make_view_config
-from imagine_opd.teacher import build_teacher
-from imagine_opd.teacher_checks import check_teacher, refuse_blind_prompt
+from imagine_opd.teacher.checks import check_teacher, refuse_blind_prompt
+from imagine_opd.teacher.load import build_teacher
 from imagine_opd.trainer import ImagineOPDTrainer
 from imagine_opd.types import Row
 from imagine_opd.views import make_views

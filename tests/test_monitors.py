@@ -8,8 +8,8 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from imagine_opd.config import build_config
-from imagine_opd.monitors import CollapseCallback, CollapseWatch, Monitor, make_monitors
-from imagine_opd.repetition import measure_repetition
+from imagine_opd.guards.monitors import CollapseCallback, CollapseWatch, Monitor, make_monitors
+from imagine_opd.guards.repetition import measure_repetition
 
 SHRINK = Monitor("collapse_length_low", "length", "floor", 0.5, True, "completions are shrinking")
 CUT = Monitor("collapse_truncation", "cut", "ceiling", 0.9, False, "completions are cut")

@@ -19,9 +19,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from imagine_opd import nonfinite
 from imagine_opd.errors import DivergenceError, ImagineError
-from imagine_opd.nonfinite import BatchDump, NonfiniteGuard, describe_micro_batch, find_bad_gradient, skip_next_step
+from imagine_opd.guards import nonfinite
+from imagine_opd.guards.nonfinite import (
+    BatchDump,
+    NonfiniteGuard,
+    describe_micro_batch,
+    find_bad_gradient,
+    skip_next_step,
+)
 from imagine_opd.types import Prompt, PromptPair, Rollouts, Row
 
 
@@ -331,7 +337,7 @@ torch.set_num_threads(1)
 from accelerate import Accelerator
 from torch import nn
 from imagine_opd.errors import DivergenceError
-from imagine_opd.nonfinite import BatchDump, NonfiniteGuard
+from imagine_opd.guards.nonfinite import BatchDump, NonfiniteGuard
 
 accelerator = Accelerator(cpu=True)
 torch.manual_seed(0)

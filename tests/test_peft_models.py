@@ -13,12 +13,12 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 from weight_cases import LORA, make_config, make_inputs, make_student, project, shake, wrap_layers
 
-from imagine_opd import merging
 from imagine_opd.errors import ConfigError, OutputError
-from imagine_opd.merging import save_merged_model
-from imagine_opd.models import find_head, load_model
-from imagine_opd.peft_models import adapters_off, has_adapter, prepare_student
-from imagine_opd.vision_tower import find_vision_names
+from imagine_opd.models.access import find_head, load_model
+from imagine_opd.models.peft_models import adapters_off, has_adapter, prepare_student
+from imagine_opd.models.vision_tower import find_vision_names
+from imagine_opd.teacher import merging
+from imagine_opd.teacher.merging import save_merged_model
 
 pytestmark = [  # what peft says where it is called directly, by a test or by transformers
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),

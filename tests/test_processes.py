@@ -19,8 +19,8 @@ from processes import find_free_port, run_commands, run_in_processes
 from imagine_opd.config import build_config
 from imagine_opd.demo import base_model_path, make_scenes, scenes_to_rows
 from imagine_opd.demo.recipe import TINY_RECIPE
-from imagine_opd.models import load_model
-from imagine_opd.sharding import gather_parameters, is_fsdp2
+from imagine_opd.models.access import load_model
+from imagine_opd.parallel.sharding import gather_parameters, is_fsdp2
 from imagine_opd.trainer import ImagineOPDTrainer
 
 ROWS = 11  # in batches of 4: the last one is uneven

@@ -12,7 +12,7 @@ from test_processes import RUN, largest_difference, make_rows
 
 from imagine_opd.config import build_config
 from imagine_opd.demo import base_model_path
-from imagine_opd.sharding import gather_parameters, is_fsdp2
+from imagine_opd.parallel.sharding import gather_parameters, is_fsdp2
 from imagine_opd.trainer import ImagineOPDTrainer
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_modules_to_save": ["lm_head"]}

@@ -136,7 +136,7 @@ def batch_with(batch, **changes):
 
 def logprobs_of(trainer, batch):
     from imagine_opd.kernels import linear_token_stats
-    from imagine_opd.models import get_head
+    from imagine_opd.models.access import get_head
     from imagine_opd.scoring import score_side
 
     mask_BT = batch.rollouts.completion_mask_BT

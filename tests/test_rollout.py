@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from imagine_opd.demo.recipe import TINY_RECIPE
-from imagine_opd.models import TokenIds, read_token_ids
+from imagine_opd.models.access import TokenIds, read_token_ids
 from imagine_opd.prompts import build_prompt
 from imagine_opd.rollout import HFEngine, SamplingConfig, finish_completions
 from imagine_opd.rollout.finish import find_truncated, join_rollouts

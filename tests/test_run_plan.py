@@ -11,8 +11,8 @@ import torch
 from imagine_opd import run_plan
 from imagine_opd.config import build_config
 from imagine_opd.demo.recipe import TINY_RECIPE
-from imagine_opd.distributed import name_parallelism
 from imagine_opd.errors import ConfigError
+from imagine_opd.parallel.processes import name_parallelism
 from imagine_opd.trainer import ImagineOPDTrainer
 from imagine_opd.types import Row
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from imagine_opd.config.rollout import SHAPING_KWARGS
-from imagine_opd.models import read_token_ids
+from imagine_opd.models.access import read_token_ids
 from imagine_opd.prompts import build_prompt
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.rollout.sampler import SeededSampler, draw_uniforms, mix_seed, pick_tokens
-from imagine_opd.teacher_checks import measure_rollout_drift
+from imagine_opd.teacher.checks import measure_rollout_drift
 from imagine_opd.views import make_views
 
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from toy_runs import TESTS, Act, make_toy, names_in, run_program, take_weights
 
-from imagine_opd import saving
-from imagine_opd.checkpoints import find_fault
+from imagine_opd.checkpoints import saving
+from imagine_opd.checkpoints.files import find_fault
 from imagine_opd.cli import main
 from imagine_opd.demo import base_model_path
 from imagine_opd.demo.recipe import TINY_RECIPE

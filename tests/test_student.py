@@ -14,8 +14,8 @@ from torch import distributed as dist
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from imagine_opd.models import find_head, get_body
-from imagine_opd.student import is_open, open_forward, run_inside
+from imagine_opd.models.access import find_head, get_body
+from imagine_opd.models.student import is_open, open_forward, run_inside
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from transformers import AutoModelForImageTextToText
 
 from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.errors import TeacherError
-from imagine_opd.models import read_token_ids
+from imagine_opd.models.access import read_token_ids
 from imagine_opd.privilege import PrivilegeConfig, build_prompts
 from imagine_opd.rollout import HFEngine, SamplingConfig
-from imagine_opd.teacher import build_teacher
-from imagine_opd.teacher_checks import TeacherReport, check_teacher, refuse_blind_prompt
+from imagine_opd.teacher.checks import TeacherReport, check_teacher, refuse_blind_prompt
+from imagine_opd.teacher.load import build_teacher
 from imagine_opd.views import make_views
 
 
@@ -103,7 +103,7 @@ def test_blind_prompt_is_stopped(pairs):
 
 
 def test_scoring_that_reads_another_position_than_was_sampled_is_stopped(tiny, pairs, monkeypatch):
-    from imagine_opd import teacher_checks as teacher_module
+    from imagine_opd.teacher import checks as teacher_module
 
     exact = teacher_module.score_side
     shifted = lambda *args: exact(*args).roll(1, 0)  # noqa: E731

@@ -12,12 +12,12 @@ from transformers import TrainerControl, TrainerState
 
 from imagine_opd.demo.recipe import TINY_RECIPE
 from imagine_opd.errors import TeacherError
-from imagine_opd.image_identity import refuse_foreign_images
-from imagine_opd.models import read_token_ids
+from imagine_opd.guards.image_identity import refuse_foreign_images
+from imagine_opd.models.access import read_token_ids
 from imagine_opd.privilege import PrivilegeConfig, build_prompts
 from imagine_opd.rollout import HFEngine, SamplingConfig
-from imagine_opd.teacher_checks import check_teacher, measure_rollout_drift
-from imagine_opd.teacher_watch import (
+from imagine_opd.teacher.checks import check_teacher, measure_rollout_drift
+from imagine_opd.teacher.watch import (
     TeacherWatchCallback,
     check_teacher_again,
     record_teacher,
@@ -98,7 +98,8 @@ def blind_teacher(world: World, monkeypatch) -> None:
 
 def misalign_teacher(world: World, monkeypatch) -> None:
     """The teacher's scoring reads one token too late; the student's is sound."""
-    from imagine_opd import teacher_checks, teacher_watch
+    from imagine_opd.teacher import checks as teacher_checks
+    from imagine_opd.teacher import watch as teacher_watch
 
     exact = teacher_checks.score_side
 
@@ -110,7 +111,7 @@ def misalign_teacher(world: World, monkeypatch) -> None:
 
 
 def misalign_student(world: World, monkeypatch) -> None:
-    from imagine_opd import teacher_checks
+    from imagine_opd.teacher import checks as teacher_checks
 
     exact = teacher_checks.score_side
     monkeypatch.setattr(teacher_checks, "score_side", lambda *args: exact(*args).roll(1, 0))

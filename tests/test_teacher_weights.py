@@ -12,9 +12,9 @@ from transformers import AutoModelForImageTextToText
 from weight_cases import LORA, make_inputs, make_student, measure_bytes, project, read_modes, shake
 
 from imagine_opd.errors import ConfigError, TeacherError
-from imagine_opd.models import find_head, get_body, get_device
-from imagine_opd.offload import find_blocks
-from imagine_opd.teacher import Teacher, build_teacher
+from imagine_opd.models.access import find_head, get_body, get_device
+from imagine_opd.teacher.load import Teacher, build_teacher
+from imagine_opd.teacher.offload import find_blocks
 
 KINDS = {
     "copy": ({}, {}),
@@ -393,7 +393,7 @@ def test_resumed_run_equals_the_whole_one_with_its_teacher(tiny, make_rows, tmp_
 
 
 def test_lora_run_leaves_a_folder_that_transformers_loads(tiny, make_rows, tmp_path):
-    from imagine_opd.models import load_model, load_processor
+    from imagine_opd.models.access import load_model, load_processor
 
     base = tmp_path / "base"
     tiny.model.save_pretrained(base)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagine_opd.thumbnails import make_thumbnails
+from imagine_opd.metrics.thumbnails import make_thumbnails
 from imagine_opd.types import Row, Tiling, ViewConfig
 from imagine_opd.views import make_views
 

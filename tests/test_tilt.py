@@ -6,10 +6,10 @@ import pytest
 import torch
 from plain_objective import project
 
-from imagine_opd.advantages import measure_advantages
 from imagine_opd.kernels import OutputHead
-from imagine_opd.loss import ObjectiveConfig
-from imagine_opd.tilt import measure_target_logprobs, tilt_target, weigh_evidence
+from imagine_opd.loss.advantages import measure_advantages
+from imagine_opd.loss.objective import ObjectiveConfig
+from imagine_opd.loss.tilt import measure_target_logprobs, tilt_target, weigh_evidence
 
 N, D, V = 6, 8, 11
 

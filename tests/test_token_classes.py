@@ -7,8 +7,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from imagine_opd.metrics import StepMetrics
-from imagine_opd.token_classes import ANSWER, NOTHING, TEMPLATE, TRACE, TokenClassifier, classify_tokens, note_kl
+from imagine_opd.metrics.step import StepMetrics
+from imagine_opd.metrics.token_classes import (
+    ANSWER,
+    NOTHING,
+    TEMPLATE,
+    TRACE,
+    TokenClassifier,
+    classify_tokens,
+    note_kl,
+)
 
 LETTERS = {ANSWER: "a", TRACE: "t", TEMPLATE: "x", NOTHING: "-"}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from imagine_opd.config.objective import ObjectiveFields
-from imagine_opd.models import TokenIds, read_token_ids
-from imagine_opd.token_weights import make_token_weights
+from imagine_opd.loss.token_weights import make_token_weights
+from imagine_opd.models.access import TokenIds, read_token_ids
 from imagine_opd.types import Rollouts
 
 EOS, PAD, THINK = 9, 0, 8

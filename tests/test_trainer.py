@@ -94,7 +94,7 @@ def test_identical_views_give_no_loss_and_no_gradient(tiny, make_rows, tmp_path,
 def answer_logprob(trainer: ImagineOPDTrainer, rows: list[Row], traces: list[str]) -> float:
     """Mean log-prob of the reference traces under the student's view."""
     from imagine_opd.kernels import linear_token_stats
-    from imagine_opd.models import get_head
+    from imagine_opd.models.access import get_head
     from imagine_opd.rollout import finish_completions
     from imagine_opd.scoring import score_side
 

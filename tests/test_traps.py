@@ -18,7 +18,7 @@ from test_trainer import largest_difference, make_trainer, take_micro_batches
 
 from imagine_opd import scoring
 from imagine_opd.errors import TeacherError
-from imagine_opd.image_identity import refuse_foreign_images
+from imagine_opd.guards.image_identity import refuse_foreign_images
 from imagine_opd.scoring import join_sequences, score_side
 from imagine_opd.types import Row
 

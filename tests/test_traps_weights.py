@@ -13,7 +13,7 @@ from test_traps import LORA, take_one
 
 from imagine_opd.errors import ConfigError, TeacherError
 from imagine_opd.kernels import OutputHead, linear_token_stats
-from imagine_opd.teacher import build_teacher
+from imagine_opd.teacher.load import build_teacher
 
 MODES = ["full", "sampled_token", "topk_tail"]
 

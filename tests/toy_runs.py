@@ -17,8 +17,8 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
-from imagine_opd import saving
-from imagine_opd.saving import SafeSaving
+from imagine_opd.checkpoints import saving
+from imagine_opd.checkpoints.saving import SafeSaving
 
 TESTS = Path(__file__).parent
 

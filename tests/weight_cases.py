@@ -9,8 +9,8 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from imagine_opd.config import build_config
-from imagine_opd.models import find_head, get_body
-from imagine_opd.peft_models import find_adapter_layers, prepare_student
+from imagine_opd.models.access import find_head, get_body
+from imagine_opd.models.peft_models import find_adapter_layers, prepare_student
 from imagine_opd.privilege import PrivilegeConfig, build_prompts
 from imagine_opd.rollout.hf import pad_prompts
 from imagine_opd.views import make_views

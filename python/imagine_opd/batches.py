@@ -14,20 +14,19 @@ import torch
 from accelerate import Accelerator
 
 from imagine_opd.config import ImagineOPDConfig
-from imagine_opd.distributed import sum_over_ranks
 from imagine_opd.errors import RowError
 from imagine_opd.evaluation import decode_completions
-from imagine_opd.leak_meter import LeakMeter
+from imagine_opd.leaks import LeakMeter
+from imagine_opd.loss import make_token_weights
 from imagine_opd.memory_advice import explain_pass, explained_memory, read_memory_gib, read_pass
 from imagine_opd.metrics import StepMetrics
+from imagine_opd.parallel import gather_parameters, sum_over_ranks
 from imagine_opd.privilege import ViewFunction, build_pairs
 from imagine_opd.rewards import RewardFunction, compute_rewards, normalise_rewards
 from imagine_opd.rollout import HFEngine
 from imagine_opd.rollout.finish import join_rollouts
 from imagine_opd.rollout.sampler import mix_seed
 from imagine_opd.settings import make_privilege_config, make_sampling_config
-from imagine_opd.sharding import gather_parameters
-from imagine_opd.token_weights import make_token_weights
 from imagine_opd.types import PromptPair, Rollouts, Row, ViewConfig, ViewError
 
 # B completions, T completion tokens, N kept response tokens, D hidden

@@ -12,10 +12,10 @@ import torch
 
 from imagine_opd.answers import judge_row
 from imagine_opd.config import ImagineOPDConfig
-from imagine_opd.distributed import gather_figures, get_place
 from imagine_opd.errors import ConfigError, RowError
 from imagine_opd.memory_advice import explain_pass, explained_memory, read_memory_gib, read_pass
 from imagine_opd.models import read_token_ids
+from imagine_opd.parallel import gather_figures, get_place
 from imagine_opd.privilege import build_pairs
 from imagine_opd.prompts import build_prompt
 from imagine_opd.rollout import HFEngine, SamplingConfig

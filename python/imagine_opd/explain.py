@@ -28,12 +28,11 @@ from imagine_opd.explanation import (
     TokenFacts,
 )
 from imagine_opd.kernels import TokenStats, linear_token_stats
-from imagine_opd.models import get_head
+from imagine_opd.models import get_head, run_inside
 from imagine_opd.pictures import restore_pictures
 from imagine_opd.positions import watch_positions
 from imagine_opd.privilege import build_pairs, make_teacher_view
 from imagine_opd.scoring import score_side
-from imagine_opd.student import run_inside
 from imagine_opd.types import Box, Prompt, PromptPair, Rollouts, Row, RowViews, ViewConfig, ViewError
 from imagine_opd.views import make_views
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from imagine_opd.config import ImagineOPDConfig
-from imagine_opd.distributed import name_parallelism
 from imagine_opd.errors import ConfigError, RowError
-from imagine_opd.peft_models import get_base, has_adapter
+from imagine_opd.models import get_base, has_adapter
+from imagine_opd.parallel import name_parallelism
 from imagine_opd.rewards import RewardFunction
 from imagine_opd.types import Row
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from imagine_opd.config import ImagineOPDConfig
-from imagine_opd.distributed import name_parallelism
 from imagine_opd.memory import (
     MemoryPlan,
     TeacherPlacement,
@@ -27,6 +26,7 @@ from imagine_opd.memory import (
     read_model_shape,
     show_gib,
 )
+from imagine_opd.parallel import name_parallelism
 from imagine_opd.privilege import ViewFunction, build_pairs
 from imagine_opd.settings import make_privilege_config
 from imagine_opd.types import PromptPair, Row, ViewConfig

@@ -14,11 +14,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from imagine_opd.advantages import measure_advantages, shape_advantages
 from imagine_opd.batches import MicroBatch
-from imagine_opd.distributed import sum_tensor_over_ranks
 from imagine_opd.kernels import OutputHead
-from imagine_opd.objective_config import ObjectiveConfig
+from imagine_opd.loss import ObjectiveConfig, measure_advantages, shape_advantages
+from imagine_opd.parallel import sum_tensor_over_ranks
 
 ScoreTeacher = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 """(micro-batch, active_BT) to the teacher's hidden states [N, D], with the evidence and, for a contrast, without."""

@@ -25,30 +25,41 @@ from imagine_opd.callbacks import (
     StepProgressCallback,
     TeacherUpdateCallback,
 )
+from imagine_opd.checkpoints import SafeSaving
 from imagine_opd.config import ImagineOPDConfig, save_recipe
-from imagine_opd.distributed import count_own_rows, gather_figures, keep_fp32_results, settle_launch
 from imagine_opd.errors import ConfigError
 from imagine_opd.evaluation import evaluate_model
+from imagine_opd.guards import RunGuards
 from imagine_opd.loss import Objective, ObjectiveConfig, objective
-from imagine_opd.merging import refuse_unmergeable, replace_adapter
 from imagine_opd.metrics import StepMetrics
-from imagine_opd.models import get_head, load_model, load_processor, read_token_ids
+from imagine_opd.models import (
+    get_head,
+    load_model,
+    load_processor,
+    open_forward,
+    prepare_student,
+    read_token_ids,
+    run_inside,
+)
 from imagine_opd.outputs import guard_writing
-from imagine_opd.peft_models import prepare_student
+from imagine_opd.parallel import (
+    count_own_rows,
+    gather_figures,
+    gather_parameters,
+    is_sharded,
+    keep_fp32_results,
+    settle_launch,
+    shard_like,
+)
 from imagine_opd.privilege import ViewFunction
 from imagine_opd.rewards import read_reward_functions
 from imagine_opd.rollout import HFEngine
 from imagine_opd.run_checks import refuse_bad_run, refuse_idle_rewards, refuse_own_folder
-from imagine_opd.run_guards import RunGuards
 from imagine_opd.run_plan import plan_run, settle_placement
-from imagine_opd.saving import SafeSaving
 from imagine_opd.scoring import score_student, score_teacher
 from imagine_opd.settings import make_view_config
-from imagine_opd.sharding import gather_parameters, is_sharded, shard_like
 from imagine_opd.step_advantages import add_step_advantages
-from imagine_opd.student import open_forward, run_inside
-from imagine_opd.teacher import MOVING_TEACHER, build_teacher
-from imagine_opd.teacher_checks import TeacherReport
+from imagine_opd.teacher import MOVING_TEACHER, TeacherReport, build_teacher, refuse_unmergeable, replace_adapter
 from imagine_opd.types import Row
 
 
@@ -313,7 +324,7 @@ class ImagineOPDTrainer(SafeSaving):
                 self.guards.start_probe(self.model_wrapped, rows)
 
     def run_teacher_checks(self) -> TeacherReport:
-        """The start-up checks of `imagine_opd.teacher_checks` on the first rows; raises `TeacherError`."""
+        """The start-up checks of `imagine_opd.teacher.checks` on the first rows; raises `TeacherError`."""
         # Weights that have moved since step 0 need not agree under one view.
         self.teacher_report = self.guards.check_teacher_first(self.teacher.equals_student and not self.has_moved)
         return self.teacher_report

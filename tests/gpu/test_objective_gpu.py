@@ -7,7 +7,7 @@ import torch
 from plain_objective import compute_objective
 
 from imagine_opd.kernels import OutputHead
-from imagine_opd.loss import ObjectiveConfig, objective
+from imagine_opd.loss.objective import ObjectiveConfig, objective
 from imagine_opd.types import Scores
 
 pytestmark = pytest.mark.gpu

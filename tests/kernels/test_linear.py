@@ -35,7 +35,7 @@ from linear_cases import (
 from torch import Tensor
 
 from imagine_opd.kernels import OutputHead, StatsOptions, TokenStats, linear_token_stats
-from imagine_opd.loss import ObjectiveConfig, clip_policy_loss
+from imagine_opd.loss.objective import ObjectiveConfig, clip_policy_loss
 
 INF, NAN = math.inf, math.nan
 pytestmark = pytest.mark.usefixtures("small_blocks")

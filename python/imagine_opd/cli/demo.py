@@ -94,8 +94,8 @@ def evaluate_sides(
 ) -> EvalResult:
     """Accuracy of both sides on what they see in training: where the student's image is degraded, here too."""
     from imagine_opd.evaluation import evaluate_model
+    from imagine_opd.parallel import gather_parameters
     from imagine_opd.settings import make_view_config
-    from imagine_opd.sharding import gather_parameters
 
     view_config = make_view_config(processor, config, training=True)
     with gather_parameters(model) as whole:

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from imagine_opd.errors import ConfigError
-from imagine_opd.peft_models import get_base
-from imagine_opd.vision_tower import is_vision_name
+from imagine_opd.models import get_base, is_vision_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from imagine_opd.adapters import join_views
 from imagine_opd.config.rollout import ENGINE_KWARGS
-from imagine_opd.models import TokenIds, fit_inputs, get_device
-from imagine_opd.peft_models import get_base
+from imagine_opd.models import TokenIds, fit_inputs, get_base, get_device
 from imagine_opd.rollout.finish import finish_completions
 from imagine_opd.rollout.sampler import SamplingConfig, SeededSampler, draw_uniforms
 from imagine_opd.types import Prompt, Rollouts
@@ -53,7 +52,7 @@ class HFEngine:
                     **inputs,
                     generation_config=self._generation_config(sampling),
                     logits_processor=LogitsProcessorList([sampler]),
-                    synced_gpus=False,  # sharded weights are gathered around this call (`sharding.gather_parameters`)
+                    synced_gpus=False,  # sharded weights are gathered around this call (`parallel.gather_parameters`)
                 )
         finally:
             model.train(was_training)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from imagine_opd.errors import ConfigError, OutputError
-from imagine_opd.peft_models import ADAPTER_FILE, ADAPTER_WEIGHTS, find_adapter_layers, get_base, has_adapter
-from imagine_opd.sharding import building_whole, gather_full_tensor, strip_wrappers
+from imagine_opd.models import ADAPTER_FILE, ADAPTER_WEIGHTS, find_adapter_layers, get_base, has_adapter
+from imagine_opd.parallel import building_whole, gather_full_tensor, strip_wrappers
 
 
 def get_local(tensor: Tensor) -> Tensor:

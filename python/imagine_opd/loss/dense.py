@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from imagine_opd.divergences import Divergence, compute_divergence
 from imagine_opd.kernels import BackendName, OutputHead, StatsOptions, TokenStats, tuning
 from imagine_opd.kernels.autograd import attach_gradients
 from imagine_opd.kernels.checks import refuse_bad_row_inputs
@@ -37,6 +36,7 @@ from imagine_opd.kernels.matmul import project
 from imagine_opd.kernels.planning import plan_linear
 from imagine_opd.kernels.reference_blocks import read_logits
 from imagine_opd.kernels.types import LOWEST, MISSING_LOG_RATIO, Logits
+from imagine_opd.loss.divergences import Divergence, compute_divergence
 
 DivergenceLoss = Callable[..., torch.Tensor]
 """(TokenStats of C rows, their divergence [C], *row_inputs of those rows) to the loss [C] of each row."""

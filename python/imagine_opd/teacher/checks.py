@@ -18,11 +18,11 @@ from imagine_opd.adapters import count_features
 from imagine_opd.errors import TeacherError
 from imagine_opd.kernels import TokenStats, linear_token_stats
 from imagine_opd.models import get_head
+from imagine_opd.parallel import gather_parameters
 from imagine_opd.positions import own_positions
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.scoring import score_side
-from imagine_opd.sharding import gather_parameters
-from imagine_opd.teacher_kinds import HeldTeacher, Teacher
+from imagine_opd.teacher.kinds import HeldTeacher, Teacher
 from imagine_opd.types import Prompt, PromptPair, Rollouts
 
 _DRIFT_LIMIT = 0.05

@@ -241,9 +241,9 @@ def test_masked_leaks_leave_the_loss_and_unlikelihood_pushes_them_down(make_trai
 
 def mean_look_logprob(trainer, rows) -> float:
     from imagine_opd.kernels import linear_token_stats
-    from imagine_opd.models import get_head
-    from imagine_opd.privilege_probe import put_answers
+    from imagine_opd.models.access import get_head
     from imagine_opd.scoring import score_side
+    from imagine_opd.teacher.probe import put_answers
 
     prompts = [pair.student for pair in trainer.builder.build_pairs(rows)]
     words = put_answers(["look at left"] * len(rows), ["7"] * len(rows), trainer.processor, trainer.token_ids.pad)

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from imagine_opd.ema import EmaAdapterTeacher, EmaTeacher
 from imagine_opd.errors import ConfigError, TeacherError
-from imagine_opd.models import get_head, load_model, load_processor
-from imagine_opd.peft_models import has_adapter
-from imagine_opd.sharding import gather_parameters, is_zero3
-from imagine_opd.teacher_kinds import (
+from imagine_opd.models import get_head, has_adapter, load_model, load_processor
+from imagine_opd.parallel import gather_parameters, is_zero3
+from imagine_opd.teacher.ema import EmaAdapterTeacher, EmaTeacher
+from imagine_opd.teacher.kinds import (
     TEACHER_FILE,
     AdapterOffTeacher,
     HeldTeacher,

@@ -15,15 +15,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from imagine_opd.distributed import get_place
 from imagine_opd.errors import ConfigError, TeacherError
 from imagine_opd.kernels import OutputHead
-from imagine_opd.merging import has_no_effect
-from imagine_opd.models import describe_head, find_head
-from imagine_opd.offload import hold_on_cpu
-from imagine_opd.peft_models import adapters_off, find_adapter_layers, get_base
-from imagine_opd.sharding import gather_full_tensor, gather_parameters, is_gathered, unwrap_parallel
-from imagine_opd.student import open_forward, paused
+from imagine_opd.models import (
+    adapters_off,
+    describe_head,
+    find_adapter_layers,
+    find_head,
+    get_base,
+    open_forward,
+    paused,
+)
+from imagine_opd.parallel import gather_full_tensor, gather_parameters, get_place, is_gathered, unwrap_parallel
+from imagine_opd.teacher.merging import has_no_effect
+from imagine_opd.teacher.offload import hold_on_cpu
 
 TEACHER_FILE = "teacher.json"
 Result = TypeVar("Result")

@@ -8,10 +8,10 @@ import dataclasses
 import pytest
 import torch
 
-from imagine_opd.models import read_token_ids
+from imagine_opd.models.access import read_token_ids
 from imagine_opd.privilege import PrivilegeConfig, show_student
-from imagine_opd.privilege_probe import build_probe, decode_traces, measure_sides, put_answers, split_privilege
 from imagine_opd.rollout import HFEngine
+from imagine_opd.teacher.probe import build_probe, decode_traces, measure_sides, put_answers, split_privilege
 from imagine_opd.types import Rollouts
 
 PRIVILEGE = PrivilegeConfig("{question}", "{question}", answer_hint_template=" i see {answer} .")

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from imagine_opd.errors import ConfigError
-from imagine_opd.vision_tower import find_vision_names, freeze_vision_tower, is_inside, make_vision_pattern
+from imagine_opd.models.vision_tower import find_vision_names, freeze_vision_tower, is_inside, make_vision_pattern
 
 if TYPE_CHECKING:
     from imagine_opd.config import ImagineOPDConfig

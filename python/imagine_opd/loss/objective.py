@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from imagine_opd.advantages import clip_policy_loss
-from imagine_opd.dense import dense_token_stats
-from imagine_opd.divergences import Divergence, choose_stats_options, read_divergence
 from imagine_opd.kernels import OutputHead, TokenStats, linear_token_stats
-from imagine_opd.leak_loss import unlikelihood
-from imagine_opd.objective_config import ObjectiveConfig
-from imagine_opd.tilt import tilt_target, weigh_evidence
+from imagine_opd.leaks import unlikelihood
+from imagine_opd.loss.advantages import clip_policy_loss
+from imagine_opd.loss.config import ObjectiveConfig
+from imagine_opd.loss.dense import dense_token_stats
+from imagine_opd.loss.divergences import Divergence, choose_stats_options, read_divergence
+from imagine_opd.loss.tilt import tilt_target, weigh_evidence
 from imagine_opd.types import Scores
 
 __all__ = ["Objective", "ObjectiveConfig", "clip_policy_loss", "objective"]

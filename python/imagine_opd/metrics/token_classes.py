@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from imagine_opd.metrics import StepMetrics
+from imagine_opd.metrics.step import StepMetrics
 
 # B rows, T completion tokens, N kept response tokens
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from imagine_opd.kernels import linear_token_stats
+from imagine_opd.metrics import ANSWER, classify_tokens
 from imagine_opd.models import get_device, get_head
 from imagine_opd.privilege import PrivilegeConfig, ViewFunction, build_pairs
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.scoring import score_side
-from imagine_opd.token_classes import ANSWER, classify_tokens
 from imagine_opd.types import Prompt, PromptPair, Rollouts, Row, ViewConfig, ViewError
 
 # B rows, T tokens of the scored words

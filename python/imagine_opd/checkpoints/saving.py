@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from transformers import Trainer, TrainerState
 
-from imagine_opd.checkpoints import (
+from imagine_opd.checkpoints.files import (
     STATE_FILE,
     DataOrder,
     clear_leftovers,

@@ -16,7 +16,7 @@ from torch import nn
 from imagine_opd.adapters import find_adapter, list_vision_tokens, refuse_other_family
 from imagine_opd.errors import ConfigError
 from imagine_opd.kernels import OutputHead
-from imagine_opd.peft_models import get_base, get_running_module, is_adapter_folder, load_adapter, read_base_name
+from imagine_opd.models.peft_models import get_base, get_running_module, is_adapter_folder, load_adapter, read_base_name
 
 # Names under which configs, processors and tokenizers keep ids that stand for vision.
 _VISION_ID_NAMES = (

@@ -16,14 +16,14 @@ from transformers import TrainerCallback
 from imagine_opd.answers import has_answer_tag
 from imagine_opd.batches import BatchBuilder, MicroBatch
 from imagine_opd.callbacks import COMPLETIONS_FILE, StepTimeCallback, append_line
-from imagine_opd.completion_logger import CompletionLogger, CompletionSample
 from imagine_opd.config import ImagineOPDConfig
-from imagine_opd.dense import DenseStats
-from imagine_opd.distributed import sum_over_ranks
 from imagine_opd.errors import RowError
 from imagine_opd.evaluation import decode_completions
-from imagine_opd.image_identity import refuse_foreign_images
-from imagine_opd.loss import Objective
+from imagine_opd.guards.image_identity import refuse_foreign_images
+from imagine_opd.guards.monitors import CollapseCallback
+from imagine_opd.guards.nonfinite import NonfiniteGuard, describe_micro_batch
+from imagine_opd.guards.repetition import measure_repetition
+from imagine_opd.loss import DenseStats, Objective
 from imagine_opd.memory_advice import (
     explain_out_of_memory,
     explain_pass,
@@ -32,24 +32,25 @@ from imagine_opd.memory_advice import (
     read_memory_gib,
     read_pass,
 )
-from imagine_opd.models import get_head
-from imagine_opd.monitors import CollapseCallback
-from imagine_opd.nonfinite import NonfiniteGuard, describe_micro_batch
-from imagine_opd.privilege_probe import STUDENT, PrivilegeProbe, build_probe, measure_sides, split_privilege
-from imagine_opd.repetition import measure_repetition
+from imagine_opd.metrics import CompletionLogger, CompletionSample, TokenClassifier, make_thumbnails, note_kl
+from imagine_opd.models import get_head, run_inside
+from imagine_opd.parallel import sum_over_ranks
 from imagine_opd.rollout.finish import find_truncated
-from imagine_opd.student import run_inside
-from imagine_opd.teacher import Teacher
-from imagine_opd.teacher_checks import TeacherReport, check_teacher
-from imagine_opd.teacher_watch import (
+from imagine_opd.teacher import (
+    STUDENT,
+    PrivilegeProbe,
+    Teacher,
     TeacherRecord,
+    TeacherReport,
     TeacherWatchCallback,
+    build_probe,
+    check_teacher,
     check_teacher_again,
+    measure_sides,
     record_teacher,
     refuse_blind_batch,
+    split_privilege,
 )
-from imagine_opd.thumbnails import make_thumbnails
-from imagine_opd.token_classes import TokenClassifier, note_kl
 from imagine_opd.types import PromptPair, Rollouts, Row
 
 # B completions, T completion tokens, N kept response tokens

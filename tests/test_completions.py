@@ -9,7 +9,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 
-from imagine_opd.completion_logger import CompletionLogger, CompletionSample
+from imagine_opd.metrics.completions import CompletionLogger, CompletionSample
 
 RED = np.zeros((8, 12, 3), np.uint8)
 RED[..., 0] = 250

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from imagine_opd.dense import Tilt, dense_token_stats
-from imagine_opd.divergences import Divergence
 from imagine_opd.kernels import OutputHead, TokenStats, linear_token_stats
-from imagine_opd.objective_config import ObjectiveConfig
+from imagine_opd.loss.config import ObjectiveConfig
+from imagine_opd.loss.dense import Tilt, dense_token_stats
+from imagine_opd.loss.divergences import Divergence
 
 _EVIDENCE_FLOOR_NATS = 0.01
 """Added to each token's gain: where evidence changes nothing, tokens weigh alike instead of by rounding."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from imagine_opd.leaks import find_leaks, mask_leaks
+from imagine_opd.leaks.spans import find_leaks, mask_leaks
 from imagine_opd.metrics import StepMetrics
 from imagine_opd.types import PromptPair, Rollouts
 

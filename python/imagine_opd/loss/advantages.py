@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from imagine_opd.kernels import OutputHead, TokenStats
-from imagine_opd.objective_config import ObjectiveConfig
-from imagine_opd.tilt import measure_target_logprobs
+from imagine_opd.loss.config import ObjectiveConfig
+from imagine_opd.loss.tilt import measure_target_logprobs
 
 _TINY = 1e-8
 

@@ -21,7 +21,7 @@ from imagine_opd.models import get_head
 from imagine_opd.positions import own_positions
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.scoring import score_side
-from imagine_opd.teacher_checks import refuse_blind_prompt
+from imagine_opd.teacher.checks import refuse_blind_prompt
 from imagine_opd.types import Prompt, PromptPair, Rollouts
 
 # N response tokens

@@ -25,13 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from imagine_opd.distributed import get_place
 from imagine_opd.errors import ConfigError, TeacherError
-from imagine_opd.merging import compute_delta, find_lora_layers, find_saved_modules, get_local
-from imagine_opd.peft_models import adapters_off, get_base
-from imagine_opd.sharding import gather_full_tensor, strip_wrappers, unwrap_parallel
-from imagine_opd.student import open_forward, paused
-from imagine_opd.teacher_kinds import AdapterOffTeacher, HeldTeacher, Teacher, refuse_zero3
+from imagine_opd.models import adapters_off, get_base, open_forward, paused
+from imagine_opd.parallel import gather_full_tensor, get_place, strip_wrappers, unwrap_parallel
+from imagine_opd.teacher.kinds import AdapterOffTeacher, HeldTeacher, Teacher, refuse_zero3
+from imagine_opd.teacher.merging import compute_delta, find_lora_layers, find_saved_modules, get_local
 
 EMA_FILE = "teacher_ema.safetensors"
 

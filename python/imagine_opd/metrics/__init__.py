@@ -1,0 +1,17 @@
+"""Figures and samples of a run on their way to its log."""
+
+from imagine_opd.metrics.completions import CompletionLogger, CompletionSample
+from imagine_opd.metrics.step import StepMetrics
+from imagine_opd.metrics.thumbnails import make_thumbnails
+from imagine_opd.metrics.token_classes import ANSWER, TokenClassifier, classify_tokens, note_kl
+
+__all__ = [
+    "ANSWER",
+    "CompletionLogger",
+    "CompletionSample",
+    "StepMetrics",
+    "TokenClassifier",
+    "classify_tokens",
+    "make_thumbnails",
+    "note_kl",
+]
