@@ -128,6 +128,15 @@ def test_command_train_takes_dry_run(recipe, tmp_path, capsys):
     assert "the model is in" not in printed
 
 
+def test_checkpoint_is_explained_with_its_own_weights(dataset, tmp_path):
+    fields = {**RUN, "max_steps": 1, "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 1}
+    imagine_opd.train(base_model_path(), dataset, output_dir=tmp_path / "run", **fields)
+    found = api.explain_row(
+        base_model_path(), dataset, output_dir=tmp_path / "run", resume_from_checkpoint=True, **fields
+    )
+    assert dict(found.teacher_checks)["teacher/identical_view_drift"] > 1e-3
+
+
 def test_terminal_gets_colours_unless_told_otherwise(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(api.sys.stdout, "isatty", lambda: True, raising=False)
     for told, coloured in (("", False), (None, True)):

@@ -41,6 +41,13 @@ def test_every_kind_of_refusal_is_known_and_other_errors_are_not():
     assert is_out_of_memory(caught.value)
 
 
+@pytest.mark.parametrize(("batch_size", "parts"), [(6, (3, 2)), (5, (1, 5)), (1, None)])
+def test_smaller_batches_make_the_same_step(batch_size, parts):
+    text = explain_out_of_memory(MemoryError(), FACTS, batch_size=batch_size)
+    advice = "per_device_train_batch_size={} with gradient_accumulation_steps times {}:"
+    assert (advice.format(*parts) in text) if parts else ("per_device_train_batch_size" not in text)
+
+
 def test_sentence_holds_the_numbers_and_the_advice_in_order():
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
     text = explain_out_of_memory(

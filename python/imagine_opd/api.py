@@ -97,16 +97,16 @@ def train(
     trainer, resume = prepare_run(
         model,
         data,
-        output_dir,
-        processor,
-        eval_data,
-        teacher,
-        resume_from_checkpoint,
-        config,
+        output_dir=output_dir,
+        processor=processor,
+        eval_data=eval_data,
+        teacher=teacher,
+        resume_from_checkpoint=resume_from_checkpoint,
         peft_config=peft_config,
         student_view=student_view,
         teacher_view=teacher_view,
         reward_funcs=reward_funcs,
+        **config,
     )
     if dry_run:
         if resume is not None:
@@ -129,42 +129,14 @@ def train(
     )
 
 
-def explain_row(
-    model: Any,
-    data: Any,
-    row: int = 0,
-    *,
-    html: str | Path | None = None,
-    output_dir: str | Path = "run",
-    processor: Any = None,
-    eval_data: Any = None,
-    teacher: Any = None,
-    resume_from_checkpoint: str | Path | bool | None = None,
-    peft_config: Any = None,
-    student_view: ViewFunction | None = None,
-    teacher_view: ViewFunction | str | None = None,
-    reward_funcs: Any = None,
-    **config: Any,
-) -> Explanation:
+def explain_row(model: Any, data: Any, row: int = 0, *, html: str | Path | None = None, **options: Any) -> Explanation:
     """Prepare a run as `train` does, print what becomes of one row in it, and write it to `html` where given.
 
-    `row` counts the usable rows from 0; with `resume_from_checkpoint` it is what the checkpoint's weights make of it.
-    Nothing is trained. Raises what `train` raises; a failed teacher check is raised after the explanation is out.
+    `row` counts the usable rows from 0; `options` are those of `train`; with `resume_from_checkpoint` the row is shown
+    as the checkpoint's weights see it. Nothing is trained. Raises what `train` raises; a failed teacher check is
+    raised after the explanation is out.
     """
-    trainer, resume = prepare_run(
-        model,
-        data,
-        output_dir,
-        processor,
-        eval_data,
-        teacher,
-        resume_from_checkpoint,
-        config,
-        peft_config=peft_config,
-        student_view=student_view,
-        teacher_view=teacher_view,
-        reward_funcs=reward_funcs,
-    )
+    trainer, resume = prepare_run(model, data, **options)
     if resume is not None:
         trainer.load_weights(resume)
     return show_explanation(trainer, row, None if html is None else Path(html))
@@ -187,20 +159,21 @@ def show_explanation(trainer: ImagineOPDTrainer, row: int, html: Path | None) ->
 def prepare_run(
     model: Any,
     data: Any,
-    output_dir: str | Path,
-    processor: Any,
-    eval_data: Any,
-    teacher: Any,
-    resume_from_checkpoint: str | Path | bool | None,
-    config: dict[str, Any],
-    **parts: Any,
+    *,
+    output_dir: str | Path = "run",
+    processor: Any = None,
+    eval_data: Any = None,
+    teacher: Any = None,
+    resume_from_checkpoint: str | Path | bool | None = None,
+    peft_config: Any = None,
+    student_view: ViewFunction | None = None,
+    teacher_view: ViewFunction | str | None = None,
+    reward_funcs: Any = None,
+    **config: Any,
 ) -> tuple[ImagineOPDTrainer, str | None]:
-    """Everything that `train` checks and makes before its first step: the trainer, and the checkpoint to go on from.
-
-    `parts`: more arguments of `ImagineOPDTrainer`.
-    """
-    if isinstance(parts.get("teacher_view"), str):
-        config = {**config, "teacher_view": parts.pop("teacher_view")}
+    """Everything that `train` checks and makes before its first step: the trainer, and the checkpoint to go on from."""
+    if isinstance(teacher_view, str):
+        config["teacher_view"] = teacher_view
     args = build_config(output_dir, {**load_recipe(model), **config})
     refuse_unwritable(Path(args.output_dir))
     resume = find_checkpoint(resume_from_checkpoint, Path(args.output_dir))
@@ -216,7 +189,10 @@ def prepare_run(
         eval_dataset=eval_rows,
         processor=processor,
         teacher=teacher,
-        **parts,
+        peft_config=peft_config,
+        student_view=student_view,
+        teacher_view=None if isinstance(teacher_view, str) else teacher_view,
+        reward_funcs=reward_funcs,
         run_description={**{name: describe(value) for name, value in described.items()}, "rows": len(rows)},
     )
     return trainer, resume

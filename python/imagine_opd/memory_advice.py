@@ -164,7 +164,7 @@ def _tell_rest(error: BaseException, advice: Sequence[str], memory_gib: tuple[fl
 def _list_advice(facts: MicroBatchFacts, batch_size: int, gradient_checkpointing: bool) -> list[str]:
     advice = []
     if batch_size > 1:
-        half = max(batch_size // 2, 1)
+        half = max(size for size in range(1, batch_size) if batch_size % size == 0)
         advice.append(
             f"per_device_train_batch_size={half} with gradient_accumulation_steps times {batch_size // half}: the same "
             "step in smaller parts"
