@@ -24,7 +24,7 @@ def read_lines(folder: Path, name: str) -> list[dict]:
     """The lines of a run, without clocks and without the last one's means over the part that ran at the end."""
     lines = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
     return [
-        {key: value for key, value in line.items() if not key.startswith("time/")}
+        {key: value for key, value in line.items() if not key.startswith(("time/", "step_time"))}
         for line in lines
         if "train_runtime" not in line
     ]

@@ -294,7 +294,7 @@ def test_damaged_adapter_folders_are_refused(base_folder, tmp_path):
 
 
 def test_peft_is_not_imported_without_an_adapter():
-    code = "import sys, imagine_opd.peft_models, imagine_opd.teacher; assert 'peft' not in sys.modules"
+    code = "import sys, imagine_opd.models, imagine_opd.rollout; assert 'peft' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from toy_runs import TESTS, Act, make_toy, names_in, run_program, take_weights
 
+import imagine_opd
 from imagine_opd.checkpoints import saving
 from imagine_opd.checkpoints.files import find_fault
 from imagine_opd.cli import main
@@ -166,7 +167,7 @@ def test_command_that_gets_sigterm_ends_with_143_and_a_checkpoint_and_goes_on_to
     tmp_path, write_recipe
 ):
     run, recipe = tmp_path / "run", write_recipe("run")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(saving.__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(imagine_opd.__file__).parents[1])}
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-m", "imagine_opd", "train", str(recipe)]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

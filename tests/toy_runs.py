@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
-from imagine_opd.checkpoints import saving
+import imagine_opd
 from imagine_opd.checkpoints.saving import SafeSaving
 
 TESTS = Path(__file__).parent
@@ -91,7 +91,7 @@ def names_in(folder: Path, start: str = "") -> list[str]:
 
 def run_program(*command: str, timeout_s: float = 280.0, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     """A Python program with one thread, that takes the package and test modules of this run."""
-    path = os.pathsep.join([str(Path(saving.__file__).parents[1]), str(TESTS)])
+    path = os.pathsep.join([str(Path(imagine_opd.__file__).parents[1]), str(TESTS)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     full = [*prefix, sys.executable, *command]
     return subprocess.run(full, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)

@@ -99,7 +99,10 @@ def defer(reference: str, backend: str) -> DeferredImage | None:
         return DeferredImage(source, reference, _rust.read_size(source))
     except ValueError as error:
         if isinstance(source, bytes):
-            text = f"{reference[:80]!r} is neither an image file, a URL nor base64 of an image ({error})"
+            shown = (
+                reference if len(reference) <= 160 else f"{reference[:40]}...{reference[-100:]}"
+            )  # a path ends in its name
+            text = f"{shown!r} is neither an image file, a URL nor base64 of an image ({error})"
         else:
             text = f"{reference}: {error}"
         raise ImageError(text) from error

@@ -10,10 +10,9 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from imagine_opd.adapters import join_views
-from imagine_opd.config.rollout import ENGINE_KWARGS
 from imagine_opd.models import TokenIds, fit_inputs, get_base, get_device
 from imagine_opd.rollout.finish import finish_completions
-from imagine_opd.rollout.sampler import SamplingConfig, SeededSampler, draw_uniforms
+from imagine_opd.rollout.sampler import SHAPING_KEYS, SamplingConfig, SeededSampler, draw_uniforms
 from imagine_opd.types import Prompt, Rollouts
 
 # B rows, L prompt tokens, T completion tokens, V vocabulary
@@ -60,7 +59,7 @@ class HFEngine:
         return finish_completions(completion_ids_BT, sampler.stack_logprobs(completion_ids_BT), self.token_ids)
 
     def _generation_config(self, sampling: SamplingConfig) -> GenerationConfig:
-        extra = {name: value for name, value in sampling.generation_kwargs.items() if name in ENGINE_KWARGS}
+        extra = {name: value for name, value in sampling.generation_kwargs.items() if name not in SHAPING_KEYS}
         return GenerationConfig(
             max_new_tokens=sampling.max_completion_length,
             do_sample=False,  # the sampler leaves one token to choose

@@ -36,6 +36,9 @@ _WARPERS = {
 """In the order in which `generate` applies those that are on."""
 _OFF = {"top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_p": None}
 
+SHAPING_KEYS = frozenset({*_WARPERS, "no_repeat_ngram_size", "min_new_tokens", "suppress_tokens"})
+"""Fields of a generation config that are applied here; the rest are `generate`'s own."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingConfig:
