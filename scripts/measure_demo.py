@@ -24,8 +24,11 @@ RUNS: dict[str, tuple[str, ...]] = {
     "wrong_hint": ("--privilege", "hint", "--views", "wrong"),
     "resolution": ("--privilege", "resolution"),
     "long": ("--long",),
+    "two_processes": (),
 }
 """Options of `imagine-opd demo` by the name of a run, as the table has them."""
+
+_LAUNCH = ("accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml", "--num_processes", "2", "-m")
 
 
 def measure_run(name: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -33,15 +36,16 @@ def measure_run(name: str, seed: int, folder: Path) -> dict[str, Any]:
     output = folder / f"{name}-{seed}"
     path = output / "result.json"
     if not path.exists():
-        command = ["-m", "imagine_opd", "demo", *RUNS[name], "--seed", str(seed), "--output", str(output)]
-        subprocess.run([sys.executable, *command], check=True)
+        command = ["imagine_opd", "demo", *RUNS[name], "--seed", str(seed), "--output", str(output.resolve())]
+        launch = _LAUNCH if name == "two_processes" else ()
+        subprocess.run([sys.executable, "-m", *launch, *command], check=True, cwd=Path(__file__).parents[1])
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return result
 
 
 def format_row(name: str, results: Sequence[dict[str, Any]]) -> str:
     """One row of the table: the student before and the teacher, which no seed changes, then after, and the gap."""
-    options = " ".join(RUNS[name])
+    options = " ".join(RUNS[name]) or ("accelerate launch" if name == "two_processes" else "")
     first = results[0]
     after = ", ".join(f"{100 * result['student_after']['accuracy']:.1f}" for result in results)
     closed = ", ".join(f"{100 * result['gap_closed']:.1f}".replace("-", "\N{MINUS SIGN}") for result in results)
