@@ -99,9 +99,8 @@ def defer(reference: str, backend: str) -> DeferredImage | None:
         return DeferredImage(source, reference, _rust.read_size(source))
     except ValueError as error:
         if isinstance(source, bytes):
-            shown = (
-                reference if len(reference) <= 160 else f"{reference[:40]}...{reference[-100:]}"
-            )  # a path ends in its name
+            # A path ends in its name.
+            shown = reference if len(reference) <= 120 else f"{reference[:20]}...{reference[-80:]}"
             text = f"{shown!r} is neither an image file, a URL nor base64 of an image ({error})"
         else:
             text = f"{reference}: {error}"
