@@ -27,12 +27,6 @@ def refuse_bad_kind(name: str, value: Any, kind: str) -> None:
         raise ConfigError(f"{name}={value!r}: expected {expected.get(kind, 'a mapping')}")
 
 
-def refuse_bad_keys(name: str, value: dict[str, Any] | None, known: set[str]) -> None:
-    """Raise `ConfigError` for a key that is not known."""
-    if unknown := set(value or {}) - known:
-        raise ConfigError(f"{name}: {sorted(unknown)[0]!r} is unknown, or has a field of its own")
-
-
 def refuse_bad_template(name: str, template: str, fields: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless the template holds exactly the placeholders in `fields`."""
     try:
