@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch
 
 from imagine_opd.models import fit_inputs, get_body, get_device
-from imagine_opd.rollout.hf import join_pixels
+from imagine_opd.pixel_inputs import join_pixels
 from imagine_opd.types import Prompt, PromptPair, Rollouts, Scores
+from imagine_opd.vision_features import VisionFeatures, supplying
 
 # B rows, L sequence tokens, T completion tokens, N kept response tokens, D hidden
 
@@ -28,27 +29,38 @@ class ScoredBatch(Protocol):
 
 
 def score_teacher(
-    teacher: Any, batch: ScoredBatch, active_BT: torch.Tensor, pad_id: int, neutral: bool = False
+    teacher: Any,
+    batch: ScoredBatch,
+    active_BT: torch.Tensor,
+    pad_id: int,
+    neutral: bool = False,
+    features: VisionFeatures | None = None,
 ) -> torch.Tensor:
     """`[N, D]` hidden states of the teacher under its own view, or under the one with neutral evidence, without
     gradient."""
     prompts = [pair.neutral if neutral else pair.teacher for pair in batch.prompts]
     assert all(prompts), "a prompt was built without its neutral pass"
-    with torch.no_grad():
-        return score_side(
-            teacher, [prompt for prompt in prompts if prompt is not None], batch.rollouts, active_BT, pad_id
-        )
+    shown = [prompt for prompt in prompts if prompt is not None]
+    with torch.no_grad(), supplying(features, get_body(teacher), shown, "teacher"):
+        return score_side(teacher, shown, batch.rollouts, active_BT, pad_id, features is None)
 
 
 def score_student(
-    student: Any, teacher_hidden_ND: torch.Tensor, batch: ScoredBatch, active_BT: torch.Tensor, pad_id: int
+    student: Any,
+    teacher_hidden_ND: torch.Tensor,
+    batch: ScoredBatch,
+    active_BT: torch.Tensor,
+    pad_id: int,
+    features: VisionFeatures | None = None,
 ) -> Scores:
     """Both sides at the tokens where `active_BT` is set: the student's hidden states with gradient, and the teacher's.
 
     Row i of the hidden states is the one that predicts `token_ids_N[i]`: no shift is left to the caller.
     """
     rollouts = batch.rollouts
-    student_hidden_ND = score_side(student, [pair.student for pair in batch.prompts], rollouts, active_BT, pad_id)
+    prompts = [pair.student for pair in batch.prompts]
+    with supplying(features, get_body(student), prompts, "student"):
+        student_hidden_ND = score_side(student, prompts, rollouts, active_BT, pad_id, features is None)
     row_N, position_N = active_BT.nonzero(as_tuple=True)
     return Scores(
         student_hidden_ND=student_hidden_ND,
@@ -61,12 +73,20 @@ def score_student(
 
 
 def score_side(
-    model: Any, prompts: Sequence[Prompt], rollouts: Rollouts, active_BT: torch.Tensor, pad_id: int
+    model: Any,
+    prompts: Sequence[Prompt],
+    rollouts: Rollouts,
+    active_BT: torch.Tensor,
+    pad_id: int,
+    with_pixels: bool = True,
 ) -> torch.Tensor:
-    """`[N, D]` hidden states of one side at the active response tokens, in row order then token order."""
+    """`[N, D]` hidden states of one side at the active response tokens, in row order then token order.
+
+    `with_pixels=False`: around the call the features of the images are supplied (`vision_features`).
+    """
     device = get_device(model)
     body = get_body(model)
-    inputs = fit_inputs(body, join_sequences(prompts, rollouts, pad_id, device))
+    inputs = fit_inputs(body, join_sequences(prompts, rollouts, pad_id, device, with_pixels))
     hidden_BLD: torch.Tensor = body(**inputs, use_cache=False).last_hidden_state
     starts_B = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
     row_N, position_N = active_BT.to(device).nonzero(as_tuple=True)
@@ -74,7 +94,7 @@ def score_side(
 
 
 def join_sequences(
-    prompts: Sequence[Prompt], rollouts: Rollouts, pad_id: int, device: torch.device
+    prompts: Sequence[Prompt], rollouts: Rollouts, pad_id: int, device: torch.device, with_pixels: bool = True
 ) -> dict[str, torch.Tensor]:
     """Model inputs of one side: prompt then completion, padded on the right, with that side's pixels."""
     completion_ids_BT = rollouts.completion_ids_BT.cpu()
@@ -90,5 +110,7 @@ def join_sequences(
         attention_BL[row, :size] = 1
         types_BL[row, :start] = torch.tensor(prompt.mm_token_type_ids)
     inputs = {"input_ids": ids_BL, "attention_mask": attention_BL, "mm_token_type_ids": types_BL}
-    inputs.update(join_pixels(prompts))
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return {
+        **{name: tensor.to(device) for name, tensor in inputs.items()},
+        **join_pixels(prompts, device, in_full=with_pixels),
+    }

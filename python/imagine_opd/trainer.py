@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import ProgressCallback
 
-from imagine_opd.adapters import write_budget
+from imagine_opd.adapters import find_adapter, write_budget
 from imagine_opd.batches import BatchBuilder, MicroBatch
 from imagine_opd.callbacks import (
     RunFolderCallback,
@@ -61,6 +61,7 @@ from imagine_opd.settings import make_view_config
 from imagine_opd.step_advantages import add_step_advantages
 from imagine_opd.teacher import MOVING_TEACHER, TeacherReport, build_teacher, refuse_unmergeable, replace_adapter
 from imagine_opd.types import Row
+from imagine_opd.vision_features import VisionFeatures, make_vision_features
 
 
 class ImagineOPDTrainer(SafeSaving):
@@ -112,7 +113,6 @@ class ImagineOPDTrainer(SafeSaving):
             **{name: getattr(args, name) for name in ObjectiveConfig.__dataclass_fields__}
         )
         self.token_ids = read_token_ids(student, self.processor)
-        self.engine = HFEngine(self.token_ids)
         with gather_parameters(student):  # ZeRO-3 splits it while it is loaded
             self.run_plan = plan_run(
                 student, args, self.processor, self.view_config, train_dataset, teacher, student_view, teacher_view
@@ -128,6 +128,11 @@ class ImagineOPDTrainer(SafeSaving):
                 update_rate=args.teacher_update_rate,
                 sync_steps=args.teacher_sync_steps,
             )
+            self.features: VisionFeatures | None = None
+            if args.share_vision_features:
+                tower = self.teacher.list_tower(student)
+                self.features = make_vision_features(student, find_adapter(self.processor).family, tower)
+        self.engine = HFEngine(self.token_ids, self.features)
         self.teacher_report: TeacherReport | None = None
         self.step_metrics = StepMetrics(torch.cuda.synchronize if args.device.type == "cuda" else lambda: None)
         self._messages: set[str] = set()
@@ -186,6 +191,8 @@ class ImagineOPDTrainer(SafeSaving):
     ) -> tuple[list[MicroBatch], torch.Tensor]:
         """The next micro-batches with their rollouts, and the number of tokens in the step's loss."""
         self.step_metrics.start_step()
+        if self.features is not None:
+            self.features.start_step()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         size, rank, ranks = self.args.train_batch_size, self.args.process_index, self.args.world_size
         if ranks > 1 and self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
@@ -227,7 +234,9 @@ class ImagineOPDTrainer(SafeSaving):
 
             def compute(student: Any) -> torch.Tensor:
                 with stage("student"):
-                    scores = score_student(student, teacher_hidden_ND, inputs, active_BT, self.token_ids.pad)
+                    scores = score_student(
+                        student, teacher_hidden_ND, inputs, active_BT, self.token_ids.pad, self.features
+                    )
                     scores = dataclasses.replace(
                         scores,
                         weights_N=inputs.weights_BT[active_BT],
@@ -257,10 +266,11 @@ class ImagineOPDTrainer(SafeSaving):
         """The teacher's hidden states with the evidence and, for a contrast, with neutral evidence."""
 
         def compute(teacher: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-            hidden_ND = score_teacher(teacher, batch, active_BT, self.token_ids.pad)
+            pad, features = self.token_ids.pad, self.features
+            hidden_ND = score_teacher(teacher, batch, active_BT, pad, features=features)
             if self.view_config.neutral == "none":
                 return hidden_ND, None
-            return hidden_ND, score_teacher(teacher, batch, active_BT, self.token_ids.pad, neutral=True)
+            return hidden_ND, score_teacher(teacher, batch, active_BT, pad, neutral=True, features=features)
 
         # Here too: with step advantages the teacher runs before the step, outside of `training_step`.
         with self.guards.explained_batch(batch), self.step_metrics.stage("teacher"):
@@ -301,6 +311,8 @@ class ImagineOPDTrainer(SafeSaving):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         splits = is_sharded(self.model_wrapped)
+        if splits:  # a forward of the whole model brings its weights together, none of the tower alone does
+            self.features = self.engine.features = None
         self.teacher.prepare(
             self.args.device, (lambda module: shard_like(module, self.model_wrapped)) if splits else None
         )
