@@ -28,7 +28,7 @@ def join_pixels(prompts: Sequence[Prompt], device: torch.device, in_full: bool =
         return {}
     grids = np.concatenate([view.image_grid_thw for view in views])
     inputs = {PIXELS: torch.zeros(1, device=device)}
-    return {**inputs, GRID: torch.from_numpy(grids).to(device)} if len(grids) else inputs
+    return {**inputs, GRID: move_to(torch.from_numpy(grids), device)} if len(grids) else inputs
 
 
 def join_view_pixels(family: str, views: Sequence[View], device: torch.device) -> dict[str, torch.Tensor]:

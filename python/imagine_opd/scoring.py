@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from imagine_opd.compact import move_to
 from imagine_opd.models import fit_inputs, get_body, get_device
 from imagine_opd.pixel_inputs import join_pixels
 from imagine_opd.types import Prompt, PromptPair, Rollouts, Scores
@@ -62,13 +63,14 @@ def score_student(
     with supplying(features, get_body(student), prompts, "student"):
         student_hidden_ND = score_side(student, prompts, rollouts, active_BT, pad_id, features is None)
     row_N, position_N = active_BT.nonzero(as_tuple=True)
+    device = student_hidden_ND.device
     return Scores(
         student_hidden_ND=student_hidden_ND,
         teacher_hidden_ND=teacher_hidden_ND,
-        token_ids_N=rollouts.completion_ids_BT[active_BT],
-        sampling_logprobs_N=rollouts.sampling_logprobs_BT[active_BT],
-        row_N=row_N,
-        position_N=position_N,
+        token_ids_N=move_to(rollouts.completion_ids_BT[active_BT], device),
+        sampling_logprobs_N=move_to(rollouts.sampling_logprobs_BT[active_BT], device),
+        row_N=move_to(row_N, device),
+        position_N=move_to(position_N, device),
     )
 
 
@@ -88,9 +90,9 @@ def score_side(
     body = get_body(model)
     inputs = fit_inputs(body, join_sequences(prompts, rollouts, pad_id, device, with_pixels))
     hidden_BLD: torch.Tensor = body(**inputs, use_cache=False).last_hidden_state
-    starts_B = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
-    row_N, position_N = active_BT.to(device).nonzero(as_tuple=True)
-    return hidden_BLD[row_N, starts_B[row_N] + position_N - 1]
+    row_N, position_N = active_BT.nonzero(as_tuple=True)
+    starts_B = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=row_N.device)
+    return hidden_BLD[move_to(row_N, device), move_to(starts_B[row_N] + position_N - 1, device)]
 
 
 def join_sequences(
@@ -111,6 +113,6 @@ def join_sequences(
         types_BL[row, :start] = torch.tensor(prompt.mm_token_type_ids)
     inputs = {"input_ids": ids_BL, "attention_mask": attention_BL, "mm_token_type_ids": types_BL}
     return {
-        **{name: tensor.to(device) for name, tensor in inputs.items()},
+        **{name: move_to(tensor, device) for name, tensor in inputs.items()},
         **join_pixels(prompts, device, in_full=with_pixels),
     }

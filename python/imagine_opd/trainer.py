@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,14 @@ from imagine_opd.callbacks import (
     TeacherUpdateCallback,
 )
 from imagine_opd.checkpoints import SafeSaving
+from imagine_opd.compact import move_to
 from imagine_opd.config import ImagineOPDConfig, save_recipe
 from imagine_opd.errors import ConfigError
 from imagine_opd.evaluation import evaluate_model
 from imagine_opd.guards import RunGuards
+from imagine_opd.lookahead import Lookahead
 from imagine_opd.loss import Objective, ObjectiveConfig, objective
-from imagine_opd.metrics import StepMetrics
+from imagine_opd.metrics import StepMetrics, describe_times, make_clock
 from imagine_opd.models import (
     get_head,
     load_model,
@@ -132,9 +133,9 @@ class ImagineOPDTrainer(SafeSaving):
             if args.share_vision_features:
                 tower = self.teacher.list_tower(student)
                 self.features = make_vision_features(student, find_adapter(self.processor).family, tower)
-        self.engine = HFEngine(self.token_ids, self.features)
+        self.engine = HFEngine(self.token_ids, self.features, args.share_prefill)
         self.teacher_report: TeacherReport | None = None
-        self.step_metrics = StepMetrics(torch.cuda.synchronize if args.device.type == "cuda" else lambda: None)
+        self.step_metrics = StepMetrics(make_clock(args.device))
         self._messages: set[str] = set()
         self._checks_wait = False
         self.has_moved = False
@@ -170,6 +171,9 @@ class ImagineOPDTrainer(SafeSaving):
             self.run_plan.advise_weights() if self.run_plan is not None else (),
         )
         self.guards = RunGuards(self, self.builder, self.teacher)
+        self.lookahead = Lookahead(
+            self.builder.build_ahead, lambda: self.accelerator.gradient_state.end_of_dataloader, args.prefetch_views
+        )
         for callback in self.guards.make_callbacks():
             self.add_callback(callback)
         if not args.disable_tqdm:
@@ -193,14 +197,18 @@ class ImagineOPDTrainer(SafeSaving):
         self.step_metrics.start_step()
         if self.features is not None:
             self.features.start_step()
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        size, rank, ranks = self.args.train_batch_size, self.args.process_index, self.args.world_size
-        if ranks > 1 and self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
-            batches[-1] = batches[-1][: count_own_rows(len(self.train_dataset), size, rank, ranks)]
-        micro_batches, rollouts, total = self.builder.build(self.model_wrapped, batches, self.state.global_step)
+        more = self.state.global_step + 1 < self.state.max_steps
+        rows = self.lookahead.take(epoch_iterator, num_batches, more)
+        batches, size, args = rows.batches, self.args.train_batch_size, self.args
+        if args.world_size > 1 and rows.is_last and not args.dataloader_drop_last:
+            own = count_own_rows(len(self.train_dataset), size, args.process_index, args.world_size)
+            batches[-1] = batches[-1][:own]
+        step = self.state.global_step
+        micro_batches, rollouts, total = self.builder.build(self.model_wrapped, batches, step, rows.made)
         self.guards.note_rollouts(micro_batches, rollouts, self.state.global_step + 1)
         if self.objective_config.shapes_advantages:
-            with self.accelerator.autocast(), self.teacher.open_head(self.model_wrapped) as teacher_head:
+            stage = self.step_metrics.stage("advantages")
+            with stage, self.accelerator.autocast(), self.teacher.open_head(self.model_wrapped) as teacher_head:
                 micro_batches = add_step_advantages(
                     micro_batches,
                     lambda batch, active_BT: self._score_teacher(self.model_wrapped, batch, active_BT),
@@ -209,7 +217,7 @@ class ImagineOPDTrainer(SafeSaving):
                     self.args.max_completion_length,
                     self.args.device,
                 )
-        return micro_batches, total.to(device)
+        return micro_batches, total  # on the host, where it is needed as a number
 
     # scores -> loss, for one micro-batch
 
@@ -224,6 +232,7 @@ class ImagineOPDTrainer(SafeSaving):
         # The student's body, the head and the loss run inside the model's forward, where DDP and FSDP2 expect them.
         # Autocast here: the Trainer's own covers `forward` as it was, not what runs inside.
         active_BT = inputs.weights_BT > 0
+        row_N, device = active_BT.nonzero(as_tuple=True)[0], self.args.device
         stage = self.step_metrics.stage
         with self.accelerator.autocast():
             teacher_hidden_ND, neutral_hidden_ND = inputs.teacher_hidden_ND, inputs.neutral_hidden_ND
@@ -239,12 +248,12 @@ class ImagineOPDTrainer(SafeSaving):
                     )
                     scores = dataclasses.replace(
                         scores,
-                        weights_N=inputs.weights_BT[active_BT],
+                        weights_N=move_to(inputs.weights_BT[active_BT], device),
                         neutral_hidden_ND=neutral_hidden_ND,
                         advantages_N=inputs.advantages_N,
-                        distill_N=pick_rows(inputs.distill_B, scores.row_N),
-                        reward_advantages_N=pick_rows(inputs.reward_advantages_B, scores.row_N),
-                        leaked_N=inputs.leaked_BT[active_BT] if inputs.leaked_BT is not None else None,
+                        distill_N=pick_tokens(inputs.distill_B, row_N, device),
+                        reward_advantages_N=pick_tokens(inputs.reward_advantages_B, row_N, device),
+                        leaked_N=pick_tokens(inputs.leaked_BT, active_BT, device),
                     )
                 with stage("loss"):
                     results.append(objective(scores, get_head(student), teacher_head, self.objective_config))
@@ -258,6 +267,7 @@ class ImagineOPDTrainer(SafeSaving):
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = loss_sum * (ranks / max(float(total), 1e-8))
         self.guards.note_objective(inputs, active_BT, results[0])
+        self.step_metrics.begin("backward")
         return (loss, results[0]) if return_outputs else loss
 
     def _score_teacher(
@@ -281,7 +291,9 @@ class ImagineOPDTrainer(SafeSaving):
         with self.step_metrics.stage("step"):
             with self.guards.explained_batch(inputs):
                 loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            self.step_metrics.finish("backward")
             self.guards.settle_step(model, self.optimizer, loss, inputs)
+        self.step_metrics.begin("update")  # ends with the step
         return loss
 
     def _track_num_input_tokens(self, inputs: MicroBatch) -> None:
@@ -306,7 +318,13 @@ class ImagineOPDTrainer(SafeSaving):
         self.has_moved = self.has_moved or checkpoint is not None or self.state.global_step > 0
         if not self._checks_wait:
             self.check_before_training()
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            self.lookahead.close()
+        if times := describe_times(self.step_metrics.run_seconds, self.step_metrics.run_steps):
+            self.say_once(times)
+        return output
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -406,6 +424,6 @@ class ImagineOPDTrainer(SafeSaving):
             (folder / "training_args.bin").unlink(missing_ok=True)
 
 
-def pick_rows(values_B: torch.Tensor | None, row_N: torch.Tensor) -> torch.Tensor | None:
-    """Each token's value of its completion."""
-    return None if values_B is None else values_B[row_N]
+def pick_tokens(values: torch.Tensor | None, index: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """`values[index]` on `device`: each kept token's own value, or that of its completion."""
+    return None if values is None else move_to(values[index], device)

@@ -41,12 +41,12 @@ class OutputForm:
     """How a model's `get_image_features` gives its features, which differs by family and release of transformers.
 
     cls: of the output. pooled_joined, layers_joined: the features of all images are one tensor, else one an image.
-    layers: how many the text model takes directly.
+    layers: how many the text model takes directly; `None`: the output knows no such thing.
     """
 
     cls: type
     pooled_joined: bool
-    layers: int
+    layers: int | None
     layers_joined: bool
 
 
@@ -145,9 +145,9 @@ def split_features(output: Any, views: Sequence[View]) -> list[ImageFeatures]:
     """The output of `get_image_features` for views of one image each, image by image."""
     pooled: Any = output.pooler_output
     if isinstance(pooled, Tensor):  # frame after frame
-        pooled = pooled.split([view.frame_counts[0] for view in views])
+        pooled = torch.split(pooled, [view.frame_counts[0] for view in views])
     deepstack = [
-        layer.split([len(features) for features in pooled]) if isinstance(layer, Tensor) else layer
+        torch.split(layer, [len(features) for features in pooled]) if isinstance(layer, Tensor) else layer
         for layer in getattr(output, "deepstack_features", None) or ()
     ]
     return [
@@ -158,16 +158,18 @@ def split_features(output: Any, views: Sequence[View]) -> list[ImageFeatures]:
 
 def read_form(output: Any) -> OutputForm:
     """The form of an output of `get_image_features`."""
-    layers = getattr(output, "deepstack_features", None) or ()
-    layers_joined = bool(layers) and isinstance(layers[0], Tensor)
-    return OutputForm(type(output), isinstance(output.pooler_output, Tensor), len(layers), layers_joined)
+    pooled_joined = isinstance(output.pooler_output, Tensor)
+    layers: Any = getattr(output, "deepstack_features", None)
+    if layers is None:
+        return OutputForm(type(output), pooled_joined, None, False)
+    return OutputForm(type(output), pooled_joined, len(layers), any(isinstance(layer, Tensor) for layer in layers))
 
 
 def join_features(images: Sequence[ImageFeatures], form: OutputForm) -> Any:
     """An output of `get_image_features` for these images, in order."""
     pooled = [image.pooled for image in images]
     joined: dict[str, Any] = {"pooler_output": torch.cat(pooled) if form.pooled_joined else pooled}
-    if form.layers:
+    if form.layers is not None:
         stacked = [[image.deepstack[layer] for image in images] for layer in range(form.layers)]
         joined["deepstack_features"] = [torch.cat(parts) for parts in stacked] if form.layers_joined else stacked
     return form.cls(**joined)
