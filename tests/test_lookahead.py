@@ -17,7 +17,8 @@ class Loader:
         self.given = 0
 
     def __iter__(self):
-        for self.given, batch in enumerate(self.batches, 1):
+        for given, batch in enumerate(self.batches, 1):
+            self.given = given
             yield batch
 
     def is_last(self):

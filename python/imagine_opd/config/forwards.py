@@ -1,4 +1,4 @@
-"""Fields of what a step does not do twice or wait for. None of them changes what is learnt, beyond rounding."""
+"""Fields of a step's forwards: how sequences are laid out, how many tokens go at once, and what is done once only."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ RANGES: dict[str, tuple[float, float | None]] = {}
 
 
 @dataclass
-class SpeedFields:
-    """Speed.
+class ForwardFields:
+    """The forwards of rollout, student and teacher (docs/speed.md). None of it changes what is learnt, beyond rounding.
 
     share_vision_features: the vision tower runs on each image once a forward, and where it is frozen once a step:
     rollout, student and teacher take the same features. A tower that trains is run for the student's own forward.
