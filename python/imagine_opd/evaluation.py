@@ -56,6 +56,18 @@ class EvalResult:
     def __getitem__(self, mode: str) -> ModeResult:
         return self.modes[mode]
 
+    def list_figures(self, mode: str) -> dict[str, float]:
+        """A mode's figures by the names they have in a log."""
+        found = self.modes[mode]
+        return {
+            "accuracy": found.accuracy,
+            "rows": float(found.rows),
+            "left_out": float(self.left_out),
+            "unparsed": float(found.unparsed),
+            "mean_tokens": found.mean_tokens,
+            "runtime": found.seconds,
+        }
+
 
 def evaluate_model(
     model: Any,

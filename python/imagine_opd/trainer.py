@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +23,8 @@ from imagine_opd.callbacks import (
     StepProgressCallback,
     TeacherUpdateCallback,
 )
-from imagine_opd.checkpoints import SafeSaving
 from imagine_opd.compact import move_to
-from imagine_opd.config import ImagineOPDConfig, save_recipe
+from imagine_opd.config import ImagineOPDConfig
 from imagine_opd.errors import ConfigError
 from imagine_opd.evaluation import evaluate_model
 from imagine_opd.guards import RunGuards
@@ -42,7 +40,6 @@ from imagine_opd.models import (
     read_token_ids,
     run_inside,
 )
-from imagine_opd.outputs import guard_writing
 from imagine_opd.parallel import (
     count_own_rows,
     gather_figures,
@@ -53,6 +50,7 @@ from imagine_opd.parallel import (
     shard_like,
 )
 from imagine_opd.privilege import ViewFunction
+from imagine_opd.recording import RecordedTrainer
 from imagine_opd.rewards import read_reward_functions
 from imagine_opd.rollout import HFEngine
 from imagine_opd.run_checks import refuse_bad_run, refuse_idle_rewards, refuse_own_folder
@@ -60,12 +58,12 @@ from imagine_opd.run_plan import plan_run, settle_placement
 from imagine_opd.scoring import score_student, score_teacher
 from imagine_opd.settings import make_view_config
 from imagine_opd.step_advantages import add_step_advantages
-from imagine_opd.teacher import MOVING_TEACHER, TeacherReport, build_teacher, refuse_unmergeable, replace_adapter
+from imagine_opd.teacher import MOVING_TEACHER, TeacherReport, build_teacher, refuse_unmergeable
 from imagine_opd.types import Row
 from imagine_opd.vision_features import VisionFeatures, make_vision_features
 
 
-class ImagineOPDTrainer(SafeSaving):
+class ImagineOPDTrainer(RecordedTrainer):
     """A `transformers.Trainer` for Imagine-OPD. Optimizer, schedule, checkpoints and callbacks are the Trainer's.
 
     Args:
@@ -136,7 +134,6 @@ class ImagineOPDTrainer(SafeSaving):
         self.engine = HFEngine(self.token_ids, self.features, args.share_prefill)
         self.teacher_report: TeacherReport | None = None
         self.step_metrics = StepMetrics(make_clock(args.device))
-        self._messages: set[str] = set()
         self._checks_wait = False
         self.has_moved = False
         super().__init__(
@@ -296,16 +293,6 @@ class ImagineOPDTrainer(SafeSaving):
         self.step_metrics.begin("update")  # ends with the step
         return loss
 
-    def _track_num_input_tokens(self, inputs: MicroBatch) -> None:
-        """Nothing: all of a step's tokens were counted with its rollouts."""
-
-    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        return inputs
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """0: a micro-batch holds two views of different lengths; the Trainer's estimate would be wrong."""
-        return 0
-
     # before, during, after
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
@@ -378,16 +365,7 @@ class ImagineOPDTrainer(SafeSaving):
                 self.args.eval_batch_size,
                 shared=True,
             )
-        found = result["imagine"]
-        figures = {
-            "accuracy": found.accuracy,
-            "rows": float(found.rows),
-            "left_out": float(result.left_out),
-            "unparsed": float(found.unparsed),
-            "mean_tokens": found.mean_tokens,
-            "runtime": found.seconds,
-        }
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.list_figures("imagine").items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -397,31 +375,6 @@ class ImagineOPDTrainer(SafeSaving):
         if "loss" in logs:
             logs = {**logs, **self.step_metrics.drain(gather_figures)}
         super().log(logs, start_time)
-
-    def say_once(self, message: str) -> None:
-        """A line for the user about the run: from the main process, each text once."""
-        if self.is_world_process_zero():
-            self.say_here(message)
-
-    def say_here(self, message: str) -> None:
-        """A line for the user about this process's rows, each text once."""
-        if message not in self._messages:
-            self._messages.add(message)
-            print(message, flush=True)
-
-    def save_merged_model(self) -> None:
-        """Write the model with its adapter merged in the place of the adapter that `save_model` wrote."""
-        folder = Path(self.args.output_dir)
-        with guard_writing(folder, "the merged model"):
-            replace_adapter(self.accelerator.unwrap_model(self.model), folder, self.args.should_save)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        if self.args.should_save:
-            save_recipe(self.args, folder)
-            # A pickle of our settings: `run.json` and `imagine_opd.json` say the same and can be read safely.
-            (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def pick_tokens(values: torch.Tensor | None, index: torch.Tensor, device: torch.device) -> torch.Tensor | None:
