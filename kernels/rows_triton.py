@@ -142,7 +142,10 @@ def stats_kernel(
     SAME_TEMPERATURE: tl.constexpr,
     POLICY: tl.constexpr,
 ):
-    """Whole rows to the statistics table, or with SPLITS > 1 parts of rows to partial states [SPLITS, 11, N]."""
+    """Whole rows to the statistics table, or with SPLITS > 1 parts of rows to partial states [SPLITS, 11, N].
+
+    With SPLITS = 0 the columns at hand are all of a row but a part of the vocabulary: a partial state [11, N].
+    """
     row = tl.program_id(0).to(tl.int64)  # N * V passes 2^31 at row 14,134 of a 151,936-token vocabulary
     split = tl.program_id(1)
     active = row >= 0
@@ -167,7 +170,7 @@ def stats_kernel(
         inv_temperature,
         teacher_inv_temperature,
         V,
-        V // BLOCK_V if SPLITS == 1 else 0,
+        V // BLOCK_V if SPLITS < 2 else 0,
         TILES,
         BLOCK_V,
         NUM_STAGES,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from benches import peers, problems, shapes, view_runner
 from benches.cases import Case, compare, make_rows
 from benches.ceilings import Ceilings
 from benches.environment import name_file
-from benches.gpu_suite import read_tests
+from benches.gpu_suite import Suite, read_tests, run_stages
 from benches.measure import Timing, summarize, time_in_turns
 from benches.packages import SetupError, find_wheel
+from benches.sweep import pick
 from benches.table import (
     OURS,
     Row,
@@ -372,6 +374,30 @@ def test_benchmark_option_prints_the_table_and_writes_json(tmp_path):
     assert {row["max_difference"] for row in kept["rows"] if "scaled" not in row["case"]} == {0.0}
     extra = next(bench["extra_info"] for bench in found if bench["name"] == "test_views[uint8]")
     assert set(extra["times_faster"]) == {"path", "tensor", "PIL image"}
+
+
+@pytest.mark.parametrize(
+    ("times_ms", "won"),
+    [
+        ({"default": 2.0, "other": 1.5}, "other"),
+        ({"default": 2.0, "other": 1.97}, "default"),  # 1.5 % are within the spread
+        ({"other": 1.5, "third": 1.4}, "third"),  # the default answered wrong, say
+        ({}, "default"),
+    ],
+)
+def test_a_launch_shape_must_win_by_more_than_the_spread(times_ms, won):
+    assert pick(times_ms, "default") == won
+
+
+def test_gpu_suite_runs_the_chosen_stages_alone(tmp_path, monkeypatch):
+    suite = Suite(tmp_path, tmp_path, dict(os.environ), True, time.monotonic() + 60.0, ("ceilings",))
+    ran: list[list[str]] = []
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **_: (ran.append(command), SimpleNamespace(wait=lambda _: 0, pid=0))[1]
+    )
+    run_stages(suite)
+    assert [stage.name for stage in suite.stages] == ["ceilings"]
+    assert [command[2] for command in ran] == ["benches.ceilings"]
 
 
 @pytest.mark.slow

@@ -131,6 +131,8 @@ def answer_prompts(
 
 def decode_completions(processor: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> list[str]:
     """The completions as text, special tokens left out."""
+    if not len(ids_BT):
+        return []
     kept = [ids_T[mask_T].tolist() for ids_T, mask_T in zip(ids_BT.cpu(), mask_BT.cpu().bool(), strict=True)]
     return [str(text) for text in processor.tokenizer.batch_decode(kept, skip_special_tokens=True)]
 
