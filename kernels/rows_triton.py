@@ -49,7 +49,7 @@ def walk_row(
     Columns up to `limit` are read, those up to V count. The first FULL tiles are known to be whole, and need no masks.
     """
     state = begin_state(tl.zeros([1], tl.float32))
-    if FULL > 0:
+    if FULL > 0:  # noqa: SIM102 - known when compiled, the next when run
         if limit > 0:
             for tile in tl.range(0, FULL, num_stages=NUM_STAGES):
                 columns = first + tile * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]

@@ -18,8 +18,8 @@ CHUNK_BYTES = 2_684_354_560
 """Most that the buffers of a chunk may take, 2.5 GiB: with what else is held, 3 GiB beyond inputs and outputs."""
 
 HEAD_BYTES = 3 * 2**30 - 2**26
-"""Most that the buffers of a chunk and what a trained head's fp32 sum takes beyond its gradient may take together: 3 GiB
-less what rows of hidden states take."""
+"""Most that the buffers of a chunk and what a trained head's fp32 sum takes beyond its gradient may take together:
+3 GiB less what rows of hidden states take."""
 
 CPU_CHUNK_BYTES = 2**26
 
@@ -147,9 +147,7 @@ def find_measured_rows(hidden: int, trains_head: bool, device: torch.device) -> 
     return get_tuning(device).chunk_rows.get(f"{hidden}+dW" if trains_head else str(hidden))
 
 
-def choose_group(
-    rows: int, logits_bytes: int, gradient_bytes: int, head_bytes: int
-) -> tuple[int, int] | None:
+def choose_group(rows: int, logits_bytes: int, gradient_bytes: int, head_bytes: int) -> tuple[int, int] | None:
     """Rows of a chunk, and of the chunks whose gradients go back to a trained head in one product; `None`: no groups.
 
     Every product with the head's gradient reads and writes its whole fp32 sum, as long as half the product itself at

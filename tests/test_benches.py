@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from benches import peers, problems, shapes, view_runner
+from benches import peers, problems, shapes, table, view_runner
 from benches.cases import Case, compare, make_rows
 from benches.ceilings import Ceilings
 from benches.environment import name_file
@@ -301,6 +301,28 @@ def test_kept_run_reads_back_and_fills_the_page_between_its_marks(tmp_path):
     assert write_page(rows, page) == page
     with pytest.raises(ValueError, match="the page has no"):
         write_page(rows, "nothing")
+
+
+def test_page_of_a_gpu_run_has_a_line_for_each_case_with_every_peers_ratio():
+    rows = [
+        Row("k", "c", "N=8", OURS, 2.0, 0.2, 9, 2000.0, "GB/s", 0.5, 70.0, 12.0, target_ms=3.2),
+        Row("k", "c", "N=8", "torch", 20.0, 0.2, 9, 200.0, "GB/s", times_ours=10.0),
+        Row("k", "c", "N=8", "trl", 1.0, 0.2, 9, 4000.0, "GB/s", times_ours=0.5),
+        Row("k", "c", "N=4", OURS, 1.0, 0.2, 9, 2000.0, "GB/s", 0.5, 70.0, 6.0),
+    ]
+    assert table.render_page(rows).splitlines()[2:] == [
+        "| k: c | N=8 | torch 10.00, trl 0.50 | 2 ± 0.1 | 3.2 | 50% | 12 |",
+        "| k: c | N=4 |  | 1 ± 0.1 | – | 50% | 6 |",
+    ]
+    with pytest.raises(ValueError, match="the page has no"):
+        table.write_page(rows, "nothing", "a.json")
+
+
+def test_page_shows_the_kept_run_of_the_kernels():
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    (name,) = re.findall(r"<!-- begin: kernels, from (\S+) -->", page)
+    assert json.loads((ROOT / name).read_text(encoding="utf-8"))["on_gpu"]
+    assert table.write_page(table.read_rows(ROOT / name), page, name) == page
 
 
 def test_page_shows_the_kept_run_of_the_views():

@@ -68,7 +68,7 @@ def assert_close_gradients(found: dict[str, torch.Tensor], wanted: dict[str, tor
 
 
 @pytest.mark.parametrize("mode", ["full", "sampled_token"])
-def test_a_step_on_the_gpu_equals_the_same_step_on_the_cpu(tiny: Any, make_rows: Any, tmp_path: Path, mode: str) -> None:
+def test_a_step_on_the_gpu_equals_the_cpus(tiny: Any, make_rows: Any, tmp_path: Path, mode: str) -> None:
     rows = make_rows(4)
     fields = {"distillation_mode": mode}
     there = make_trainer(tiny, rows, tmp_path / "gpu", kernel_backend="triton", **fields)
