@@ -1,0 +1,124 @@
+"""Our side of the step bench: `ImagineOPDTrainer` trains, and waits for a command between two of its steps."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from benches.step_cases import StepCase, build_model, build_processor, make_rows
+from benches.step_worker import MOST_STEPS, Link, Meter, find_device, pick_gradients
+from imagine_opd import ImagineOPDConfig, ImagineOPDTrainer
+
+_NESTED = ("teacher", "student", "loss")
+"""Stages that the trainer times inside of its `step`, which is forward and backward."""
+
+
+def make_config(case: StepCase, folder: str, **changes: Any) -> ImagineOPDConfig:
+    """The case as a run's settings; what a run does only at its start or end is off."""
+    fields: dict[str, Any] = {
+        "output_dir": folder,
+        "per_device_train_batch_size": case.micro_rows,
+        "gradient_accumulation_steps": case.accumulation,
+        "generation_batch_size": case.micro_rows,
+        "max_steps": MOST_STEPS,
+        "max_completion_length": case.new_tokens,
+        "teacher_view": "crops" if case.views == "crops" else "whole",
+        "box_margin": 0.0,
+        "min_crop_px": 1,
+        "learning_rate": case.learning_rate,
+        "freeze_vision": True,
+        "bf16": case.dtype == "bfloat16",
+        "gradient_checkpointing": case.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if case.gradient_checkpointing else None,
+        "train_sampling_strategy": "sequential",
+        "teacher_checks": False,
+        "probe_rows": 0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "view_threads": 0 if torch.cuda.is_available() else 1,
+        "teacher_placement": "device",
+        **changes,
+    }
+    return ImagineOPDConfig(**fields)
+
+
+class Turns(TrainerCallback):  # type: ignore[misc]
+    """Answers after each step and waits for the next command; keeps what a record is made of."""
+
+    def __init__(self, case: StepCase, link: Link, device: torch.device) -> None:
+        self.case, self.link, self.meter = case, link, Meter(device)
+        self.command: dict[str, Any] = {}
+        self.kept: dict[str, Any] = {}
+        self.completion_ids_BT: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.link.answer(ready=True)
+        self.wait(control)
+
+    def wait(self, control: Any) -> None:
+        """For the next command; the clocks start when it comes."""
+        self.command = self.link.read()
+        control.should_training_stop = self.command["do"] != "step"
+        self.kept = {}
+        if self.command.get("memory"):
+            self.meter.start()
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if "record" in self.command:
+            self.kept = {"gradients": pick_gradients(model)}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or self.command.get("do") != "step":
+            return
+        seconds, cpu_s = time.perf_counter() - self.started, time.process_time() - self.cpu_started
+        memory = self.meter.read() if self.command.get("memory") else {}
+        # From a step's figures, before the log rounds its loss.
+        loss = logs["loss"]
+        if "record" in self.command:
+            record = {"completion_ids_BT": self.completion_ids_BT, "loss": loss, **self.kept}
+            torch.save(record, self.command["record"])
+        stages = name_stages(logs, seconds)
+        tokens = int(self.completion_ids_BT.numel())
+        self.link.answer(seconds=seconds, cpu_s=cpu_s, loss=loss, stages=stages, tokens=tokens, **memory)
+        self.wait(control)
+
+
+def name_stages(logs: dict[str, float], seconds: float) -> dict[str, float]:
+    """The trainer's own times under the bench's names: what its step has left is the backward pass, what the whole has
+    left is the update and the log."""
+    own = {name[len("time/") : -len("_s")]: value for name, value in logs.items() if name.startswith("time/")}
+    step = own.pop("step", 0.0)
+    nested = sum(own.get(name, 0.0) for name in _NESTED)
+    before = sum(value for name, value in own.items() if name not in _NESTED)
+    return {**own, "backward": step - nested, "update": seconds - before - step}
+
+
+def run(case: StepCase, link: Link, folder: Path) -> None:
+    """Train until told to stop."""
+    device = find_device()
+    processor = build_processor(case)
+    model = build_model(case, processor, device)
+    rows = make_rows(case, folder, MOST_STEPS)
+    with tempfile.TemporaryDirectory() as output:
+        turns = Turns(case, link, device)
+        trainer = ImagineOPDTrainer(
+            model, make_config(case, output), train_dataset=rows, processor=processor, callbacks=[turns]
+        )
+        build = trainer.builder.build
+
+        def keep_completions(*arguments: Any) -> Any:
+            found = build(*arguments)
+            turns.completion_ids_BT = found[1].completion_ids_BT[found[1].completion_mask_BT].cpu()
+            turns.completion_ids_BT = turns.completion_ids_BT.view(len(found[1].completion_mask_BT), -1)
+            return found
+
+        trainer.builder.build = keep_completions
+        trainer.train()

@@ -1,0 +1,242 @@
+"""The step bench's turns: a case and its peers in; equal losses and gradients asserted, then seconds and memory out.
+
+    python -m benches.step_runner --case cpu --peer ours plain --rounds 3 --trains lora
+
+Each peer is a process of its own (`step_worker`) that holds still, stopped by a signal, while another has its turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benches.step_cases import CASES, StepCase, make_case
+from benches.step_worker import pack_case
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Relative, of the loss; both sides sum in fp32, in another order."""
+GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
+"""|ours - theirs| / |theirs| of a parameter's gradient."""
+
+PEER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "ours": ("--peer", "ours"),
+    "plain": ("--peer", "plain"),
+    "plain, static cache": ("--peer", "plain", "--cache", "static"),
+    "plain, completion logits": ("--peer", "plain", "--keeps", "completion"),
+}
+
+
+class PeerError(RuntimeError):
+    """A peer's process has ended, or its answer is not what ours is."""
+
+
+class Peer:
+    """A worker's process. It runs between a command and its answer only."""
+
+    def __init__(self, name: str, case: StepCase, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "benches.step_worker", *PEER_OPTIONS[name]]
+        command += ["--case", pack_case(case), "--folder", str(folder)]
+        self.log = (folder / f"{name}.log").open("w+", encoding="utf-8")
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=dict(os.environ, **(environment or {})),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+
+    def wait(self) -> dict[str, Any]:
+        """The next answer; after it the process is stopped."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.log.seek(0)
+            raise PeerError(f"{self.name} has ended: {self.log.read().strip()[-1500:]}")
+        self.process.send_signal(signal.SIGSTOP)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def step(self, **command: Any) -> dict[str, Any]:
+        """One optimizer step."""
+        assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps({"do": "step", **command}) + "\n")
+        self.process.stdin.flush()
+        return self.wait()
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.log):
+            if pipe is not None:
+                pipe.close()
+
+
+@contextmanager
+def open_peers(
+    names: Sequence[str], case: StepCase, folder: Path, environments: Mapping[str, Mapping[str, str]] | None = None
+) -> Iterator[dict[str, Peer]]:
+    """Started one after another, each ready and stopped before the next begins."""
+    with ExitStack() as stack:
+        peers = {}
+        for name in names:
+            peers[name] = Peer(name, case, folder, (environments or {}).get(name))
+            stack.callback(peers[name].close)
+            peers[name].wait()
+        yield peers
+
+
+@dataclass
+class Measured:
+    """One peer's answers over the rounds."""
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    stages: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
+    peak_mib: float | None = None
+    held_mib: float | None = None
+
+    def add(self, answer: Mapping[str, Any]) -> None:
+        """A round's."""
+        self.seconds.append(answer["seconds"])
+        self.cpu_s.append(answer["cpu_s"])
+        self.stages.append(answer["stages"])
+        self.tokens = answer["tokens"]
+
+    def median_s(self, stage: str | None = None) -> float:
+        """Of the whole step, or of a stage."""
+        if stage is None:
+            return statistics.median(self.seconds)
+        return statistics.median(found.get(stage, 0.0) for found in self.stages)
+
+    def median_outside_s(self) -> float:
+        """Of all but the rollout."""
+        pairs = zip(self.seconds, self.stages, strict=True)
+        return statistics.median(seconds - stages.get("rollout", 0.0) for seconds, stages in pairs)
+
+    def list_stages(self) -> dict[str, float]:
+        """Medians of all stages, in the order of a step."""
+        names = dict.fromkeys(name for found in self.stages for name in found)
+        return {name: self.median_s(name) for name in names}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a peer is from ours on the same completions."""
+
+    loss: float
+    loss_error: float
+    gradient_errors: dict[str, float]
+
+
+def compare_records(name: str, case: StepCase, ours: Path, theirs: Path) -> Agreement:
+    """Raises `PeerError` where loss or a gradient differ by more than rounding."""
+    left, right = torch.load(ours), torch.load(theirs)
+    if not torch.equal(left["completion_ids_BT"], right["completion_ids_BT"]):
+        raise PeerError(f"{name} was given other completions than ours")
+    loss_error = abs(left["loss"] - right["loss"]) / abs(right["loss"])
+    if not loss_error <= LOSS_TOLERANCE[case.dtype]:
+        raise PeerError(f"{name}: loss {right['loss']:.6g}, ours {left['loss']:.6g}, apart by {loss_error:.2g}")
+    errors = {}
+    for parameter, gradient in right["gradients"].items():
+        own = left["gradients"][parameter]
+        errors[parameter] = float((own - gradient).norm() / gradient.norm())
+        if not errors[parameter] <= GRADIENT_TOLERANCE[case.dtype]:
+            raise PeerError(f"{name}: the gradient of {parameter} is apart by {errors[parameter]:.2g} of its norm")
+    if not errors:
+        raise PeerError(f"{name}: no gradient was kept")
+    return Agreement(float(right["loss"]), loss_error, errors)
+
+
+def run_peers(
+    case: StepCase, names: Sequence[str], folder: Path, rounds: int, *, say: Any = print
+) -> tuple[dict[str, Measured], dict[str, Agreement]]:
+    """First equality on the same completions (which also warms up), then turns, then one step each for its memory."""
+    found = {name: Measured() for name in names}
+    agreements: dict[str, Agreement] = {}
+    with open_peers(names, case, folder) as peers:
+        own = folder / "ours.pt"
+        for name in sorted(names, key=lambda name: name != "ours"):
+            if name == "ours":
+                peers[name].step(record=str(own))
+            elif "ours" in names:
+                theirs = folder / "theirs.pt"
+                peers[name].step(record=str(theirs), completions=str(own))
+                agreements[name] = compare_records(name, case, own, theirs)
+                say(f"{name}: loss {agreements[name].loss:.6g}, apart by {agreements[name].loss_error:.1e}")
+            else:
+                peers[name].step()
+        order = list(names)
+        for _ in range(rounds):
+            for name in order:
+                found[name].add(peers[name].step())
+            order.reverse()
+        for name in names:
+            answer = peers[name].step(memory=True)
+            found[name].peak_mib, found[name].held_mib = answer["peak_mib"], answer["held_mib"]
+    lengths = {name: measured.tokens for name, measured in found.items()}
+    if len(set(lengths.values())) > 1:
+        raise PeerError(f"peers made completions of different lengths: {lengths}")
+    return found, agreements
+
+
+def render(found: Mapping[str, Measured]) -> str:
+    """Seconds, stages and memory of each peer, a line each."""
+    lines = []
+    for name, measured in found.items():
+        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in measured.list_stages().items())
+        lines.append(
+            f"{name}: step {measured.median_s():.2f} s, outside generation {measured.median_outside_s():.2f} s "
+            f"({stages}); CPU {statistics.median(measured.cpu_s):.2f} s; "
+            f"peak {measured.peak_mib or 0:.0f} MiB above {measured.held_mib or 0:.0f}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, default="cpu")
+    parser.add_argument("--peer", nargs="+", choices=PEER_OPTIONS, default=["ours", "plain"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="keeps pictures and logs; default: a temporary one")
+    for name in ("trains", "views"):
+        parser.add_argument(f"--{name}")
+    for name in ("crops", "new_tokens", "vocabulary", "rows", "micro_rows", "max_pixels"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    options = vars(parser.parse_args(arguments))
+    name, names, rounds, folder = (options.pop(key) for key in ("case", "peer", "rounds", "folder"))
+    case = make_case(name, **{key: value for key, value in options.items() if value is not None})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        found, _ = run_peers(case, names, folder, rounds)
+    print(render(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

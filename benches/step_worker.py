@@ -1,0 +1,184 @@
+"""One peer of the step bench in a process of its own: commands in on standard input, one JSON line each out.
+
+    python -m benches.step_worker --peer ours --case cpu --folder DIR
+
+`{"do": "step"}` runs one optimizer step and answers with its seconds, in all and by stage, and its loss. With
+`"record": FILE` the completions, the loss and some gradients are written there; `"completions": FILE` takes those of
+another peer's record instead of sampling; `"memory": true` counts the peak. `{"do": "stop"}` ends the process.
+A peer's memory is its own this way, its packages too, and it can be held still while another works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benches.step_cases import StepCase, build_model, build_processor, make_rows
+from benches.view_memory import read_status_mib
+
+MOST_STEPS = 64
+
+COMPARED = ("language_model.norm.weight", "layers.0.self_attn.q_proj.lora_B", "layers.1.mlp.down_proj.lora_A")
+COMPARED_FULL = ("language_model.norm.weight", "layers.0.self_attn.q_proj.weight", "embed_tokens.weight")
+
+
+class Link:
+    """Commands and answers. What else the process prints goes to standard error."""
+
+    def __init__(self) -> None:
+        self.output = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+
+    def read(self) -> dict[str, Any]:
+        """The next command; the end of the input stops."""
+        line = sys.stdin.readline()
+        return json.loads(line) if line.strip() else {"do": "stop"}
+
+    def answer(self, **fields: Any) -> None:
+        """One line."""
+        self.output.write(json.dumps(fields) + "\n")
+        self.output.flush()
+
+
+@dataclass
+class Clock:
+    """Seconds of a step: in all, of all threads, and by stage."""
+
+    device: torch.device
+    stages: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add what is done inside to a stage."""
+        self.synchronize()
+        started = time.perf_counter()
+        yield
+        self.synchronize()
+        self.stages[name] += time.perf_counter() - started
+
+
+class Meter:
+    """Peak memory of a step above what the process held before it: of the device, or resident on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.before = device, 0.0
+
+    def start(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device) / 2**20
+            return
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed and kept must not hide what is taken anew
+        self.before = read_status_mib("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def read(self) -> dict[str, float]:
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**20
+        else:
+            peak = read_status_mib("VmHWM")
+        return {"peak_mib": peak - self.before, "held_mib": self.before}
+
+
+def pick_gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Gradients of a few parameters: the last norm, an early and a late matrix, the tied head where it is trained."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and any(part in name for part in (*COMPARED, *COMPARED_FULL)):
+            found[name.removeprefix("base_model.model.")] = parameter.grad.detach().float().cpu().clone()
+    return found
+
+
+def run_plain(case: StepCase, link: Link, folder: Path, options: argparse.Namespace) -> None:
+    """The loop of `step_plain`."""
+    from benches.step_plain import PlainLoop
+
+    device = find_device()
+    processor = build_processor(case)
+    model = build_model(case, processor, device)
+    teacher = build_model(case, processor, device).requires_grad_(False).eval() if case.trains == "full" else None
+    loop = PlainLoop(case, model, teacher, processor, options.cache, options.keeps)
+    rows = make_rows(case, folder, MOST_STEPS)
+    meter, number = Meter(device), 0
+    link.answer(ready=True)
+    while (command := link.read())["do"] == "step":
+        part = rows[number * case.rows : (number + 1) * case.rows]
+        given = torch.load(command["completions"])["completion_ids_BT"] if "completions" in command else None
+        kept: dict[str, Any] = {}
+        loop.before_update = lambda: kept.update(gradients=pick_gradients(model)) if "record" in command else None  # noqa: B023
+        if command.get("memory"):
+            meter.start()
+        clock, started, cpu_started = Clock(device), time.perf_counter(), time.process_time()
+        loss, ids_BT = loop.step(part, clock.stage, given)
+        clock.synchronize()
+        seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+        number += 1
+        if "record" in command:
+            torch.save({"completion_ids_BT": ids_BT.cpu(), "loss": loss, **kept}, command["record"])
+        answer = {"seconds": seconds, "cpu_s": cpu_s, "loss": loss, "stages": dict(clock.stages)}
+        link.answer(**answer, tokens=ids_BT.numel(), **(meter.read() if command.get("memory") else {}))
+
+
+def find_device() -> torch.device:
+    """The current CUDA device, or the CPU with one thread."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+def run_ours(case: StepCase, link: Link, folder: Path, options: argparse.Namespace) -> None:
+    """`ImagineOPDTrainer` as it is."""
+    from benches.step_ours import run
+
+    run(case, link, folder)
+
+
+PEERS: dict[str, Callable[[StepCase, Link, Path, argparse.Namespace], None]] = {"ours": run_ours, "plain": run_plain}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=PEERS, required=True)
+    parser.add_argument("--case", type=json.loads, required=True, help="the fields of a StepCase as JSON")
+    parser.add_argument("--folder", type=Path, required=True, help="for pictures and the run's folder")
+    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="of the plain peer")
+    parser.add_argument("--keeps", choices=("all", "completion"), default="all", help="logits of the plain peer")
+    options = parser.parse_args(arguments)
+    fields = {**options.case, "picture": tuple(options.case["picture"])}
+    link = Link()
+    find_device()
+    PEERS[options.peer](StepCase(**fields), link, options.folder, options)
+    return 0
+
+
+def pack_case(case: StepCase) -> str:
+    """What `--case` takes."""
+    return json.dumps(dataclasses.asdict(case))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
