@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import torch
 from transformers import TrainerCallback
 
 from benches.step_cases import StepCase, build_model, build_processor, make_rows
-from benches.step_worker import MOST_STEPS, Link, Meter, find_device, pick_gradients
+from benches.step_worker import MOST_STEPS, Clock, Link, Meter, find_device, pick_gradients
 from imagine_opd import ImagineOPDConfig, ImagineOPDTrainer
 
-_NESTED = ("teacher", "student", "loss")
-"""Stages that the trainer times inside of its `step`, which is forward and backward."""
+_NAMES = {"step": "backward"}
+"""Forward and backward together in the trainer; without the stages inside of it, the backward pass is left."""
 
 
 def make_config(case: StepCase, folder: str, **changes: Any) -> ImagineOPDConfig:
@@ -53,7 +52,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
     """Answers after each step and waits for the next command; keeps what a record is made of."""
 
     def __init__(self, case: StepCase, link: Link, device: torch.device) -> None:
-        self.case, self.link, self.meter = case, link, Meter(device)
+        self.case, self.link, self.meter, self.clock = case, link, Meter(device), Clock(device)
         self.command: dict[str, Any] = {}
         self.kept: dict[str, Any] = {}
         self.completion_ids_BT: Any = None
@@ -69,7 +68,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self.kept = {}
         if self.command.get("memory"):
             self.meter.start()
-        self.started, self.cpu_started = time.perf_counter(), time.process_time()
+        self.clock.start()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if "record" in self.command:
@@ -78,27 +77,14 @@ class Turns(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or self.command.get("do") != "step":
             return
-        seconds, cpu_s = time.perf_counter() - self.started, time.process_time() - self.cpu_started
+        taken = self.clock.stop()
         memory = self.meter.read() if self.command.get("memory") else {}
-        # From a step's figures, before the log rounds its loss.
         loss = logs["loss"]
         if "record" in self.command:
             record = {"completion_ids_BT": self.completion_ids_BT, "loss": loss, **self.kept}
             torch.save(record, self.command["record"])
-        stages = name_stages(logs, seconds)
-        tokens = int(self.completion_ids_BT.numel())
-        self.link.answer(seconds=seconds, cpu_s=cpu_s, loss=loss, stages=stages, tokens=tokens, **memory)
+        self.link.answer(loss=loss, tokens=int(self.completion_ids_BT.numel()), **taken, **memory)
         self.wait(control)
-
-
-def name_stages(logs: dict[str, float], seconds: float) -> dict[str, float]:
-    """The trainer's own times under the bench's names: what its step has left is the backward pass, what the whole has
-    left is the update and the log."""
-    own = {name[len("time/") : -len("_s")]: value for name, value in logs.items() if name.startswith("time/")}
-    step = own.pop("step", 0.0)
-    nested = sum(own.get(name, 0.0) for name in _NESTED)
-    before = sum(value for name, value in own.items() if name not in _NESTED)
-    return {**own, "backward": step - nested, "update": seconds - before - step}
 
 
 def run(case: StepCase, link: Link, folder: Path) -> None:
@@ -121,4 +107,6 @@ def run(case: StepCase, link: Link, folder: Path) -> None:
             return found
 
         trainer.builder.build = keep_completions
+        # The trainer's own stages, on the bench's clock: it tells CPU time from wall time, and nested stages apart.
+        trainer.step_metrics.stage = lambda name: turns.clock.stage(_NAMES.get(name, name))
         trainer.train()

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,37 +110,34 @@ def open_peers(
 
 @dataclass
 class Measured:
-    """One peer's answers over the rounds."""
+    """One peer's answers over the rounds: seconds of wall time and of CPU time, and the peak of its memory."""
 
-    seconds: list[float] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)
-    stages: list[dict[str, float]] = field(default_factory=list)
-    tokens: int = 0
+    answers: list[dict[str, Any]] = field(default_factory=list)
     peak_mib: float | None = None
     held_mib: float | None = None
 
-    def add(self, answer: Mapping[str, Any]) -> None:
-        """A round's."""
-        self.seconds.append(answer["seconds"])
-        self.cpu_s.append(answer["cpu_s"])
-        self.stages.append(answer["stages"])
-        self.tokens = answer["tokens"]
+    @property
+    def tokens(self) -> int:
+        """Of all completions of a step, the last one's."""
+        return int(self.answers[-1]["tokens"])
 
-    def median_s(self, stage: str | None = None) -> float:
-        """Of the whole step, or of a stage."""
-        if stage is None:
-            return statistics.median(self.seconds)
-        return statistics.median(found.get(stage, 0.0) for found in self.stages)
+    def read_step_s(self, cpu: bool = False) -> float:
+        """Median of the whole step."""
+        return statistics.median(answer["cpu_s" if cpu else "seconds"] for answer in self.answers)
 
-    def median_outside_s(self) -> float:
-        """Of all but the rollout."""
-        pairs = zip(self.seconds, self.stages, strict=True)
-        return statistics.median(seconds - stages.get("rollout", 0.0) for seconds, stages in pairs)
+    def read_stage_s(self, name: str, cpu: bool = False) -> float:
+        """Median of a stage."""
+        return statistics.median(answer["stages_cpu" if cpu else "stages"].get(name, 0.0) for answer in self.answers)
 
-    def list_stages(self) -> dict[str, float]:
-        """Medians of all stages, in the order of a step."""
-        names = dict.fromkeys(name for found in self.stages for name in found)
-        return {name: self.median_s(name) for name in names}
+    def read_outside_s(self, cpu: bool = False) -> float:
+        """Median of all but the rollout."""
+        whole, stages = ("cpu_s", "stages_cpu") if cpu else ("seconds", "stages")
+        return statistics.median(answer[whole] - answer[stages].get("rollout", 0.0) for answer in self.answers)
+
+    def list_stages(self, cpu: bool = False) -> dict[str, float]:
+        """Medians of all stages."""
+        names = dict.fromkeys(name for answer in self.answers for name in answer["stages"])
+        return {name: self.read_stage_s(name, cpu) for name in names}
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,7 @@ def compare_records(name: str, case: StepCase, ours: Path, theirs: Path) -> Agre
 
 
 def run_peers(
-    case: StepCase, names: Sequence[str], folder: Path, rounds: int, *, say: Any = print
+    case: StepCase, names: Sequence[str], folder: Path, rounds: int, *, say: Callable[[str], None] = lambda text: print(text, flush=True)
 ) -> tuple[dict[str, Measured], dict[str, Agreement]]:
     """First equality on the same completions (which also warms up), then turns, then one step each for its memory."""
     found = {name: Measured() for name in names}
@@ -192,7 +189,9 @@ def run_peers(
         order = list(names)
         for _ in range(rounds):
             for name in order:
-                found[name].add(peers[name].step())
+                answer = peers[name].step()
+                found[name].answers.append(answer)
+                say(f"{name}: {describe(answer)}")
             order.reverse()
         for name in names:
             answer = peers[name].step(memory=True)
@@ -203,15 +202,20 @@ def run_peers(
     return found, agreements
 
 
-def render(found: Mapping[str, Measured]) -> str:
-    """Seconds, stages and memory of each peer, a line each."""
+def describe(answer: Mapping[str, Any]) -> str:
+    """One step's answer in a line."""
+    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in answer["stages_cpu"].items())
+    return f"{answer['seconds']:.2f} s, CPU {answer['cpu_s']:.2f} s ({stages})"
+
+
+def render(found: Mapping[str, Measured], cpu: bool) -> str:
+    """Each peer's step, stages and memory, a line each; by CPU time where the device is a CPU."""
     lines = []
     for name, measured in found.items():
-        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in measured.list_stages().items())
+        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in measured.list_stages(cpu).items())
         lines.append(
-            f"{name}: step {measured.median_s():.2f} s, outside generation {measured.median_outside_s():.2f} s "
-            f"({stages}); CPU {statistics.median(measured.cpu_s):.2f} s; "
-            f"peak {measured.peak_mib or 0:.0f} MiB above {measured.held_mib or 0:.0f}"
+            f"{name}: step {measured.read_step_s(cpu):.2f} s, outside generation {measured.read_outside_s(cpu):.2f} s "
+            f"({stages}); peak {measured.peak_mib or 0:,.0f} MiB above {measured.held_mib or 0:,.0f}"
         )
     return "\n".join(lines)
 
@@ -234,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         found, _ = run_peers(case, names, folder, rounds)
-    print(render(found))
+    print(render(found, cpu=not torch.cuda.is_available()))
     return 0
 
 

@@ -17,6 +17,7 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ from benches.step_cases import StepCase, build_model, build_processor, make_rows
 from benches.view_memory import read_status_mib
 
 MOST_STEPS = 64
+OTHER = "other"
+"""The stage of what is done between the stages."""
 
 COMPARED = ("language_model.norm.weight", "layers.0.self_attn.q_proj.lora_B", "layers.1.mlp.down_proj.lora_A")
 COMPARED_FULL = ("language_model.norm.weight", "layers.0.self_attn.q_proj.weight", "embed_tokens.weight")
@@ -57,23 +60,57 @@ class Link:
 
 @dataclass
 class Clock:
-    """Seconds of a step: in all, of all threads, and by stage."""
+    """Seconds of a step, in all and by stage: of wall time, and of CPU time of all threads, which other work on the
+    machine disturbs less. A stage inside another is taken out of it."""
 
     device: torch.device
     stages: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    stages_cpu: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def synchronize(self) -> None:
+    def start(self) -> None:
+        """A step begins."""
+        self.stages.clear()
+        self.stages_cpu.clear()
+        self._open: list[str] = []
+        self.begin = self._last = self.read()
+
+    def read(self) -> tuple[float, float]:
+        """Both times, once the device has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        return time.perf_counter(), time.process_time()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add what is done inside to a stage."""
-        self.synchronize()
-        started = time.perf_counter()
-        yield
-        self.synchronize()
-        self.stages[name] += time.perf_counter() - started
+        """Add what is done inside to a stage. What another thread does is in the CPU time of the stage it runs beside."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._turn()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._open.pop()
+
+    def _turn(self) -> None:
+        now = self.read()
+        name = self._open[-1] if self._open else OTHER
+        self.stages[name] += now[0] - self._last[0]
+        self.stages_cpu[name] += now[1] - self._last[1]
+        self._last = now
+
+    def stop(self) -> dict[str, Any]:
+        """The step's figures."""
+        self._turn()
+        seconds, cpu_s = (end - begin for end, begin in zip(self._last, self.begin, strict=True))
+        return {
+            "seconds": seconds,
+            "cpu_s": cpu_s,
+            "stages": dict(self.stages),
+            "stages_cpu": dict(self.stages_cpu),
+        }
 
 
 class Meter:
@@ -121,7 +158,7 @@ def run_plain(case: StepCase, link: Link, folder: Path, options: argparse.Namesp
     teacher = build_model(case, processor, device).requires_grad_(False).eval() if case.trains == "full" else None
     loop = PlainLoop(case, model, teacher, processor, options.cache, options.keeps)
     rows = make_rows(case, folder, MOST_STEPS)
-    meter, number = Meter(device), 0
+    meter, clock, number = Meter(device), Clock(device), 0
     link.answer(ready=True)
     while (command := link.read())["do"] == "step":
         part = rows[number * case.rows : (number + 1) * case.rows]
@@ -130,15 +167,14 @@ def run_plain(case: StepCase, link: Link, folder: Path, options: argparse.Namesp
         loop.before_update = lambda: kept.update(gradients=pick_gradients(model)) if "record" in command else None  # noqa: B023
         if command.get("memory"):
             meter.start()
-        clock, started, cpu_started = Clock(device), time.perf_counter(), time.process_time()
+        clock.start()
         loss, ids_BT = loop.step(part, clock.stage, given)
-        clock.synchronize()
-        seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+        taken = clock.stop()
         number += 1
         if "record" in command:
             torch.save({"completion_ids_BT": ids_BT.cpu(), "loss": loss, **kept}, command["record"])
-        answer = {"seconds": seconds, "cpu_s": cpu_s, "loss": loss, "stages": dict(clock.stages)}
-        link.answer(**answer, tokens=ids_BT.numel(), **(meter.read() if command.get("memory") else {}))
+        memory = meter.read() if command.get("memory") else {}
+        link.answer(loss=loss, tokens=ids_BT.numel(), **taken, **memory)
 
 
 def find_device() -> torch.device:
