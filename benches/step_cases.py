@@ -162,7 +162,12 @@ CASES = {
 
 def make_case(name: str, **changes: Any) -> StepCase:
     """A case of the table with some of its fields changed."""
-    return dataclasses.replace(CASES[name], **changes)
+    return make_case_of(CASES[name], **changes)
+
+
+def make_case_of(case: StepCase, **changes: Any) -> StepCase:
+    """A case with some of its fields changed."""
+    return dataclasses.replace(case, **changes)
 
 
 @lru_cache(maxsize=4)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from benches.step_cases import StepCase, build_model, build_processor, make_rows
-from benches.step_worker import MOST_STEPS, Clock, Link, Meter, find_device, pick_gradients
+from benches.step_worker import MOST_STEPS, Link, Turns, find_device
 from imagine_opd import ImagineOPDConfig, ImagineOPDTrainer
 
 _NAMES = {"step": "backward"}
@@ -48,45 +47,6 @@ def make_config(case: StepCase, folder: str, **changes: Any) -> ImagineOPDConfig
     return ImagineOPDConfig(**fields)
 
 
-class Turns(TrainerCallback):  # type: ignore[misc]
-    """Answers after each step and waits for the next command; keeps what a record is made of."""
-
-    def __init__(self, case: StepCase, link: Link, device: torch.device) -> None:
-        self.case, self.link, self.meter, self.clock = case, link, Meter(device), Clock(device)
-        self.command: dict[str, Any] = {}
-        self.kept: dict[str, Any] = {}
-        self.completion_ids_BT: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.link.answer(ready=True)
-        self.wait(control)
-
-    def wait(self, control: Any) -> None:
-        """For the next command; the clocks start when it comes."""
-        self.command = self.link.read()
-        control.should_training_stop = self.command["do"] != "step"
-        self.kept = {}
-        if self.command.get("memory"):
-            self.meter.start()
-        self.clock.start()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if "record" in self.command:
-            self.kept = {"gradients": pick_gradients(model)}
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs or self.command.get("do") != "step":
-            return
-        taken = self.clock.stop()
-        memory = self.meter.read() if self.command.get("memory") else {}
-        loss = logs["loss"]
-        if "record" in self.command:
-            record = {"completion_ids_BT": self.completion_ids_BT, "loss": loss, **self.kept}
-            torch.save(record, self.command["record"])
-        self.link.answer(loss=loss, tokens=int(self.completion_ids_BT.numel()), **taken, **memory)
-        self.wait(control)
-
-
 def run(case: StepCase, link: Link, folder: Path) -> None:
     """Train until told to stop."""
     device = find_device()
@@ -94,7 +54,7 @@ def run(case: StepCase, link: Link, folder: Path) -> None:
     model = build_model(case, processor, device)
     rows = make_rows(case, folder, MOST_STEPS)
     with tempfile.TemporaryDirectory() as output:
-        turns = Turns(case, link, device)
+        turns = Turns(link, device)
         trainer = ImagineOPDTrainer(
             model, make_config(case, output), train_dataset=rows, processor=processor, callbacks=[turns]
         )

@@ -38,11 +38,16 @@ PEER_OPTIONS: dict[str, tuple[str, ...]] = {
     "plain": ("--peer", "plain"),
     "plain, static cache": ("--peer", "plain", "--cache", "static"),
     "plain, completion logits": ("--peer", "plain", "--keeps", "completion"),
+    "trl": ("--peer", "trl"),
 }
 
 
 class PeerError(RuntimeError):
     """A peer's process has ended, or its answer is not what ours is."""
+
+
+class PeerMissing(PeerError):
+    """A peer that cannot run here, and why."""
 
 
 class Peer:
@@ -73,6 +78,8 @@ class Peer:
             raise PeerError(f"{self.name} has ended: {self.log.read().strip()[-1500:]}")
         self.process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
+        if "left_out" in answer:
+            raise PeerMissing(answer["left_out"])
         return answer
 
     def step(self, **command: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from benches.step_cases import StepCase, build_model, build_processor, make_rows
 from benches.view_memory import read_status_mib
@@ -139,6 +140,50 @@ class Meter:
         return {"peak_mib": peak - self.before, "held_mib": self.before}
 
 
+class Turns(TrainerCallback):  # type: ignore[misc]
+    """For a `transformers.Trainer`: answers after each step and waits for the next command; keeps what a record is
+    made of. It logs every step, and the log comes last."""
+
+    def __init__(self, link: Link, device: torch.device) -> None:
+        self.link, self.meter, self.clock = link, Meter(device), Clock(device)
+        self.command: dict[str, Any] = {}
+        self.kept: dict[str, Any] = {}
+        self.completion_ids_BT: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.link.answer(ready=True)
+        self.wait(control)
+
+    def wait(self, control: Any) -> None:
+        """For the next command; the clocks start when it comes."""
+        self.command = self.link.read()
+        control.should_training_stop = self.command["do"] != "step"
+        self.kept = {}
+        if self.command.get("memory"):
+            self.meter.start()
+        self.clock.start()
+
+    def load_completions(self) -> Any:
+        """`[B, T]` ids that the command names, or None."""
+        return torch.load(self.command["completions"])["completion_ids_BT"] if "completions" in self.command else None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if "record" in self.command:
+            self.kept = {"gradients": pick_gradients(model)}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or self.command.get("do") != "step":
+            return
+        taken = self.clock.stop()
+        memory = self.meter.read() if self.command.get("memory") else {}
+        loss = logs["loss"]
+        if "record" in self.command:
+            record = {"completion_ids_BT": self.completion_ids_BT, "loss": loss, **self.kept}
+            torch.save(record, self.command["record"])
+        self.link.answer(loss=loss, tokens=int(self.completion_ids_BT.numel()), **taken, **memory)
+        self.wait(control)
+
+
 def pick_gradients(model: Any) -> dict[str, torch.Tensor]:
     """Gradients of a few parameters: the last norm, an early and a late matrix, the tied head where it is trained."""
     found = {}
@@ -192,7 +237,18 @@ def run_ours(case: StepCase, link: Link, folder: Path, options: argparse.Namespa
     run(case, link, folder)
 
 
-PEERS: dict[str, Callable[[StepCase, Link, Path, argparse.Namespace], None]] = {"ours": run_ours, "plain": run_plain}
+def run_trl(case: StepCase, link: Link, folder: Path, options: argparse.Namespace) -> None:
+    """TRL's `DistillationTrainer`."""
+    from benches.step_trl import run
+
+    run(case, link, folder)
+
+
+PEERS: dict[str, Callable[[StepCase, Link, Path, argparse.Namespace], None]] = {
+    "ours": run_ours,
+    "plain": run_plain,
+    "trl": run_trl,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -207,7 +263,10 @@ def main(arguments: list[str] | None = None) -> int:
     fields = {**options.case, "picture": tuple(options.case["picture"])}
     link = Link()
     find_device()
-    PEERS[options.peer](StepCase(**fields), link, options.folder, options)
+    try:
+        PEERS[options.peer](StepCase(**fields), link, options.folder, options)
+    except LookupError as reason:
+        link.answer(left_out=str(reason.args[0]))
     return 0
 
 
