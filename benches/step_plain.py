@@ -1,4 +1,4 @@
-"""The plain peer: one on-policy distillation step with Hugging Face's own parts, as a user would write it in an evening.
+"""The plain peer: one on-policy distillation step of Hugging Face's own parts, as a user would write it.
 
 The processor makes each view, `generate` samples, both forwards give logits, `F.kl_div` compares them over the
 vocabulary, and AdamW steps. Nothing is wasted on purpose: an image is opened once a row, the teacher runs without

@@ -15,9 +15,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 
 from benches.step_cases import CASES, StepCase, make_case
 from benches.step_worker import pack_case
+from benches.table import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +48,7 @@ class PeerError(RuntimeError):
     """A peer's process has ended, or its answer is not what ours is."""
 
 
-class PeerMissing(PeerError):
+class PeerMissingError(PeerError):
     """A peer that cannot run here, and why."""
 
 
@@ -79,7 +81,7 @@ class Peer:
         self.process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         if "left_out" in answer:
-            raise PeerMissing(answer["left_out"])
+            raise PeerMissingError(answer["left_out"])
         return answer
 
     def step(self, **command: Any) -> dict[str, Any]:
@@ -101,27 +103,13 @@ class Peer:
                 pipe.close()
 
 
-@contextmanager
-def open_peers(
-    names: Sequence[str], case: StepCase, folder: Path, environments: Mapping[str, Mapping[str, str]] | None = None
-) -> Iterator[dict[str, Peer]]:
-    """Started one after another, each ready and stopped before the next begins."""
-    with ExitStack() as stack:
-        peers = {}
-        for name in names:
-            peers[name] = Peer(name, case, folder, (environments or {}).get(name))
-            stack.callback(peers[name].close)
-            peers[name].wait()
-        yield peers
-
-
 @dataclass
 class Measured:
     """One peer's answers over the rounds: seconds of wall time and of CPU time, and the peak of its memory."""
 
     answers: list[dict[str, Any]] = field(default_factory=list)
-    peak_mib: float | None = None
-    held_mib: float | None = None
+    peak_mib: float = 0.0
+    held_mib: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -175,38 +163,88 @@ def compare_records(name: str, case: StepCase, ours: Path, theirs: Path) -> Agre
     return Agreement(float(right["loss"]), loss_error, errors)
 
 
+TimeOurs = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
+"""Runs our last step, once; pytest-benchmark puts its clock around it."""
+
+Found = tuple[dict[str, Measured], dict[str, Agreement], dict[str, str]]
+
+
 def run_peers(
-    case: StepCase, names: Sequence[str], folder: Path, rounds: int, *, say: Callable[[str], None] = lambda text: print(text, flush=True)
-) -> tuple[dict[str, Measured], dict[str, Agreement]]:
-    """First equality on the same completions (which also warms up), then turns, then one step each for its memory."""
-    found = {name: Measured() for name in names}
+    case: StepCase,
+    names: Sequence[str],
+    folder: Path,
+    rounds: int,
+    *,
+    say: Callable[[str], None] = lambda text: print(text, flush=True),
+    time_ours: TimeOurs = lambda step: step(),
+) -> Found:
+    """Equality on the same completions first (which also warms up), then turns, then a step each for its memory.
+
+    Gives the peers' figures, how far each is from ours, and those that cannot run here with the reason. On a GPU, whose
+    memory does not hold them all, one peer ends before the next begins; nobody else works there.
+    """
+    found: dict[str, Measured] = {}
     agreements: dict[str, Agreement] = {}
-    with open_peers(names, case, folder) as peers:
-        own = folder / "ours.pt"
-        for name in sorted(names, key=lambda name: name != "ours"):
-            if name == "ours":
-                peers[name].step(record=str(own))
-            elif "ours" in names:
-                theirs = folder / "theirs.pt"
-                peers[name].step(record=str(theirs), completions=str(own))
-                agreements[name] = compare_records(name, case, own, theirs)
-                say(f"{name}: loss {agreements[name].loss:.6g}, apart by {agreements[name].loss_error:.1e}")
-            else:
-                peers[name].step()
-        order = list(names)
-        for _ in range(rounds):
-            for name in order:
-                answer = peers[name].step()
-                found[name].answers.append(answer)
-                say(f"{name}: {describe(answer)}")
-            order.reverse()
-        for name in names:
-            answer = peers[name].step(memory=True)
-            found[name].peak_mib, found[name].held_mib = answer["peak_mib"], answer["held_mib"]
+    missing: dict[str, str] = {}
+    names = sorted(names, key=lambda name: name != OURS)
+    for group in [[name] for name in names] if torch.cuda.is_available() else [names]:
+        with ExitStack() as stack:
+            peers: dict[str, Peer] = {}
+            for name in group:
+                try:
+                    peers[name] = stack.enter_context(closing(Peer(name, case, folder)))
+                    peers[name].wait()
+                except PeerMissingError as reason:
+                    missing[name] = str(reason)
+                    say(f"{name}: left out: {reason}")
+                    del peers[name]
+            for name, peer in peers.items():
+                agreement = warm_up(peer, case, folder, compared=names[0] == OURS)
+                if agreement is not None:
+                    agreements[name] = agreement
+                    worst = max(agreement.gradient_errors.values())
+                    say(
+                        f"{name}: loss {agreement.loss:.6g}, apart by {agreement.loss_error:.1e}, gradients {worst:.1e}"
+                    )
+            found |= take_turns(peers, rounds, say, time_ours)
     lengths = {name: measured.tokens for name, measured in found.items()}
     if len(set(lengths.values())) > 1:
         raise PeerError(f"peers made completions of different lengths: {lengths}")
-    return found, agreements
+    return found, agreements, missing
+
+
+def warm_up(peer: Peer, case: StepCase, folder: Path, compared: bool) -> Agreement | None:
+    """The first step: on the completions of ours, and compared with it, where ours runs as well."""
+    own, theirs = folder / "ours.pt", folder / "theirs.pt"
+    if peer.name == OURS:
+        peer.step(record=str(own))
+    elif compared:
+        peer.step(record=str(theirs), completions=str(own))
+        return compare_records(peer.name, case, own, theirs)
+    else:
+        peer.step()
+    return None
+
+
+def take_turns(
+    peers: Mapping[str, Peer], rounds: int, say: Callable[[str], None], time_ours: TimeOurs
+) -> dict[str, Measured]:
+    """Every other round in the opposite order; without rounds the step whose memory is counted is timed too."""
+    found = {name: Measured() for name in peers}
+    order = list(peers)
+    for _ in range(rounds):
+        for name in order:
+            found[name].answers.append(peers[name].step())
+            say(f"{name}: {describe(found[name].answers[-1])}")
+        order.reverse()
+    for name in order:
+        step = partial(peers[name].step, memory=True)
+        answer = time_ours(step) if name == OURS else step()
+        found[name].peak_mib, found[name].held_mib = answer["peak_mib"], answer["held_mib"]
+        if not rounds:
+            found[name].answers.append(answer)
+        say(f"{name}: {describe(answer)}, peak {answer['peak_mib']:,.0f} MiB above {answer['held_mib']:,.0f}")
+    return found
 
 
 def describe(answer: Mapping[str, Any]) -> str:
@@ -222,7 +260,7 @@ def render(found: Mapping[str, Measured], cpu: bool) -> str:
         stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in measured.list_stages(cpu).items())
         lines.append(
             f"{name}: step {measured.read_step_s(cpu):.2f} s, outside generation {measured.read_outside_s(cpu):.2f} s "
-            f"({stages}); peak {measured.peak_mib or 0:,.0f} MiB above {measured.held_mib or 0:,.0f}"
+            f"({stages}); peak {measured.peak_mib:,.0f} MiB above {measured.held_mib:,.0f}"
         )
     return "\n".join(lines)
 
@@ -244,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        found, _ = run_peers(case, names, folder, rounds)
+        found, _, _ = run_peers(case, names, folder, rounds)
     print(render(found, cpu=not torch.cuda.is_available()))
     return 0
 

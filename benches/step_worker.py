@@ -83,7 +83,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add what is done inside to a stage. What another thread does is in the CPU time of the stage it runs beside."""
+        """Add what is done inside to a stage; what another thread does is in the CPU time of the one it runs beside."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
