@@ -9,6 +9,8 @@ import pytest
 import torch
 from test_trainer import largest_difference, make_trainer, read_metrics, weights_of
 
+from imagine_opd import vision_features
+
 FAST = {"share_vision_features": True, "share_prefill": True, "prefetch_views": True}
 RUNS = {
     "frozen tower": {"freeze_vision": True},
@@ -97,6 +99,20 @@ def test_tower_of_a_teacher_of_its_own_is_not_taken_for_the_students(tiny, make_
     trainer = make_trainer(tiny, make_rows(4), tmp_path / "other", teacher=teacher, freeze_vision=True)
     assert trainer.features.is_frozen
     assert not trainer.features.teacher_shares
+
+
+def test_features_that_are_not_the_models_own_are_found_before_step_0(tiny, make_rows, tmp_path, monkeypatch, capsys):
+    fields = {"freeze_vision": True, "teacher_checks": True, "teacher_check_rows": 2, "max_steps": 1}
+    sound = make_trainer(tiny, make_rows(4), tmp_path / "sound", **fields)
+    sound.train()
+    assert sound.features is not None
+    assert "share_vision_features is off" not in capsys.readouterr().out
+    exact = vision_features.join_features
+    monkeypatch.setattr(vision_features, "join_features", lambda images, form: exact(list(images)[::-1], form))
+    mixed = make_trainer(tiny, make_rows(4), tmp_path / "mixed", **fields)
+    mixed.train()
+    assert mixed.features is mixed.engine.features is None
+    assert "share_vision_features is off: with shared image features the teacher's" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["ema", "live"])

@@ -332,8 +332,10 @@ class ImagineOPDTrainer(RecordedTrainer):
         self.has_moved = True
 
     def check_before_training(self) -> None:
-        """The teacher checks and the privilege probe, each where it is on."""
+        """The checks of shared features and of the teacher, and the privilege probe, each where it is on."""
         if self.args.teacher_checks:
+            if self.features is not None and not self.guards.check_features(self.features):
+                self.features = self.engine.features = None
             self.run_teacher_checks()
         if self.args.probe_rows and (self.args.teacher_checks or self.args.probe_steps):
             with self.accelerator.autocast():

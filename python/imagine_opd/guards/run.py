@@ -20,6 +20,7 @@ from imagine_opd.callbacks import COMPLETIONS_FILE, StepTimeCallback, append_lin
 from imagine_opd.config import ImagineOPDConfig
 from imagine_opd.errors import RowError
 from imagine_opd.evaluation import decode_completions
+from imagine_opd.guards.features import describe_difference, measure_sharing
 from imagine_opd.guards.image_identity import refuse_foreign_images
 from imagine_opd.guards.monitors import CollapseCallback
 from imagine_opd.guards.nonfinite import NonfiniteGuard, describe_micro_batch
@@ -34,8 +35,8 @@ from imagine_opd.memory_advice import (
     read_pass,
 )
 from imagine_opd.metrics import CompletionLogger, CompletionSample, TokenClassifier, make_thumbnails, note_kl
-from imagine_opd.models import get_head, run_inside
-from imagine_opd.parallel import sum_over_ranks
+from imagine_opd.models import get_head, paused, run_inside
+from imagine_opd.parallel import gather_parameters, sum_over_ranks
 from imagine_opd.rollout.finish import find_truncated
 from imagine_opd.teacher import (
     STUDENT,
@@ -53,6 +54,7 @@ from imagine_opd.teacher import (
     split_privilege,
 )
 from imagine_opd.types import PromptPair, Rollouts, Row
+from imagine_opd.vision_features import VisionFeatures
 
 # B completions, T completion tokens, N kept response tokens
 
@@ -140,6 +142,30 @@ class RunGuards:
                 self.builder.teacher_view,
             )
         self.measure_probe()
+
+    def check_features(self, features: VisionFeatures) -> bool:
+        """Whether both sides get from shared image features what they would make themselves; says so where not."""
+        rows, model, token_ids = self.trainer.train_dataset, self.trainer.model_wrapped, self.builder.engine.token_ids
+        pairs = [pair for pair in self.builder.build_pairs([rows[0]]) if pair is not None]
+        if not pairs:
+            return True  # a run without a usable row ends with a sentence of its own
+        student, teacher = [pairs[0].student], [pairs[0].teacher]
+        features.start_step()
+        explained = self.explained_check("the check of shared image features", lambda: pairs)
+        told = None
+        with explained, self.trainer.accelerator.autocast():
+            with gather_parameters(model) as module, paused(module):
+                told = describe_difference(
+                    measure_sharing(module, student, token_ids, features, "rollout"), module, "student"
+                )
+            with self.teacher.gathered(model) as module, paused(module):
+                found = measure_sharing(module, teacher, token_ids, features, "teacher")
+                told = told or describe_difference(found, module, "teacher")
+        features.start_step()
+        self.metrics.clear()  # as for the checks below
+        if told is not None:
+            self.trainer.say_once(told)
+        return told is None
 
     def check_teacher(self, step: int) -> None:
         """The periodic check; raises `TeacherError`."""
