@@ -169,6 +169,9 @@ def _list_advice(facts: MicroBatchFacts, batch_size: int, gradient_checkpointing
             f"per_device_train_batch_size={half} with gradient_accumulation_steps times {batch_size // half}: the same "
             "step in smaller parts"
         )
+    if facts.completions > 1:
+        half = facts.completions * max(facts.longest_student, facts.longest_teacher) // 2
+        advice.append(f"max_tokens_per_forward={half}: the same step in smaller forwards, of whatever lengths")
     if not gradient_checkpointing:
         advice.append("gradient_checkpointing=True: activations are made again in backward")
     if facts.completions > facts.rows:

@@ -1,7 +1,8 @@
 """Both sides' hidden states at the response tokens only: never the prompt's, and no logits.
 
-Each side gets its own sequence, [prompt, completion] padded on the right, so positions and vision placeholders are
-those of its own view; a causal body never lets the padding reach a response token.
+Each side gets its own sequence, [prompt, completion], so positions and vision placeholders are those of its own view.
+Sequences of a batch are padded on the right, where a causal body never lets the padding reach a response token, or
+packed into one row (`packing`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any, Protocol
 import torch
 
 from imagine_opd.models import fit_inputs, get_body, get_device
+from imagine_opd.packing import find_starts, pack_inputs
 from imagine_opd.rollout.hf import join_pixels
 from imagine_opd.types import Prompt, PromptPair, Rollouts, Scores
 
-# B rows, L sequence tokens, T completion tokens, N kept response tokens, D hidden
+# B rows, L sequence tokens, P tokens of a packed row, T completion tokens, N kept response tokens, D hidden
 
 
 class ScoredBatch(Protocol):
@@ -28,27 +30,39 @@ class ScoredBatch(Protocol):
 
 
 def score_teacher(
-    teacher: Any, batch: ScoredBatch, active_BT: torch.Tensor, pad_id: int, neutral: bool = False
+    teacher: Any,
+    batch: ScoredBatch,
+    active_BT: torch.Tensor,
+    pad_id: int,
+    neutral: bool = False,
+    *,
+    packed: bool = False,
 ) -> torch.Tensor:
     """`[N, D]` hidden states of the teacher under its own view, or under the one with neutral evidence, without
     gradient."""
     prompts = [pair.neutral if neutral else pair.teacher for pair in batch.prompts]
     assert all(prompts), "a prompt was built without its neutral pass"
     with torch.no_grad():
-        return score_side(
-            teacher, [prompt for prompt in prompts if prompt is not None], batch.rollouts, active_BT, pad_id
-        )
+        shown = [prompt for prompt in prompts if prompt is not None]
+        return score_side(teacher, shown, batch.rollouts, active_BT, pad_id, packed=packed)
 
 
 def score_student(
-    student: Any, teacher_hidden_ND: torch.Tensor, batch: ScoredBatch, active_BT: torch.Tensor, pad_id: int
+    student: Any,
+    teacher_hidden_ND: torch.Tensor,
+    batch: ScoredBatch,
+    active_BT: torch.Tensor,
+    pad_id: int,
+    *,
+    packed: bool = False,
 ) -> Scores:
     """Both sides at the tokens where `active_BT` is set: the student's hidden states with gradient, and the teacher's.
 
     Row i of the hidden states is the one that predicts `token_ids_N[i]`: no shift is left to the caller.
     """
     rollouts = batch.rollouts
-    student_hidden_ND = score_side(student, [pair.student for pair in batch.prompts], rollouts, active_BT, pad_id)
+    prompts = [pair.student for pair in batch.prompts]
+    student_hidden_ND = score_side(student, prompts, rollouts, active_BT, pad_id, packed=packed)
     row_N, position_N = active_BT.nonzero(as_tuple=True)
     return Scores(
         student_hidden_ND=student_hidden_ND,
@@ -61,15 +75,29 @@ def score_student(
 
 
 def score_side(
-    model: Any, prompts: Sequence[Prompt], rollouts: Rollouts, active_BT: torch.Tensor, pad_id: int
+    model: Any,
+    prompts: Sequence[Prompt],
+    rollouts: Rollouts,
+    active_BT: torch.Tensor,
+    pad_id: int,
+    *,
+    packed: bool = False,
 ) -> torch.Tensor:
-    """`[N, D]` hidden states of one side at the active response tokens, in row order then token order."""
+    """`[N, D]` hidden states of one side at the active response tokens, in row order then token order.
+
+    packed: the sequences go through the model as one row without padding.
+    """
     device = get_device(model)
     body = get_body(model)
     inputs = fit_inputs(body, join_sequences(prompts, rollouts, pad_id, device))
-    hidden_BLD: torch.Tensor = body(**inputs, use_cache=False).last_hidden_state
     starts_B = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
     row_N, position_N = active_BT.to(device).nonzero(as_tuple=True)
+    if packed:
+        starts_B = starts_B + find_starts(inputs["attention_mask"])
+        inputs = pack_inputs(body, inputs)
+        hidden_1PD: torch.Tensor = body(**inputs, use_cache=False).last_hidden_state
+        return hidden_1PD[0, starts_B[row_N] + position_N - 1]
+    hidden_BLD: torch.Tensor = body(**inputs, use_cache=False).last_hidden_state
     return hidden_BLD[row_N, starts_B[row_N] + position_N - 1]
 
 

@@ -32,6 +32,7 @@ from imagine_opd.evaluation import evaluate_model
 from imagine_opd.guards import RunGuards
 from imagine_opd.loss import Objective, ObjectiveConfig, objective
 from imagine_opd.metrics import StepMetrics
+from imagine_opd.micro_batches import plan_parts, score_parts, step_parts
 from imagine_opd.models import (
     get_head,
     load_model,
@@ -42,6 +43,7 @@ from imagine_opd.models import (
     run_inside,
 )
 from imagine_opd.outputs import guard_writing
+from imagine_opd.packing import refuse_unpackable
 from imagine_opd.parallel import (
     count_own_rows,
     gather_figures,
@@ -103,6 +105,8 @@ class ImagineOPDTrainer(SafeSaving):
         self.processor = copy.deepcopy(load_processor(processor, model))
         student = prepare_student(load_model(model, args.model_dtype), args, peft_config)
         refuse_own_folder(student, args)
+        if args.padding_free:
+            refuse_unpackable(student)
         if args.merge_adapter:
             refuse_unmergeable(student)
         self.view_config = make_view_config(self.processor, args, training=True)
@@ -192,11 +196,12 @@ class ImagineOPDTrainer(SafeSaving):
             batches[-1] = batches[-1][: count_own_rows(len(self.train_dataset), size, rank, ranks)]
         micro_batches, rollouts, total = self.builder.build(self.model_wrapped, batches, self.state.global_step)
         self.guards.note_rollouts(micro_batches, rollouts, self.state.global_step + 1)
+        micro_batches = plan_parts(micro_batches, self.args, self.say_here)
         if self.objective_config.shapes_advantages:
             with self.accelerator.autocast(), self.teacher.open_head(self.model_wrapped) as teacher_head:
                 micro_batches = add_step_advantages(
                     micro_batches,
-                    lambda batch, active_BT: self._score_teacher(self.model_wrapped, batch, active_BT),
+                    lambda batch: score_parts(batch, lambda part: self._score_teacher(self.model_wrapped, part)),
                     teacher_head,
                     self.objective_config,
                     self.args.max_completion_length,
@@ -221,13 +226,14 @@ class ImagineOPDTrainer(SafeSaving):
         with self.accelerator.autocast():
             teacher_hidden_ND, neutral_hidden_ND = inputs.teacher_hidden_ND, inputs.neutral_hidden_ND
             if teacher_hidden_ND is None:
-                teacher_hidden_ND, neutral_hidden_ND = self._score_teacher(model, inputs, active_BT)
+                teacher_hidden_ND, neutral_hidden_ND = self._score_teacher(model, inputs)
 
             results: list[Objective] = []
 
             def compute(student: Any) -> torch.Tensor:
                 with stage("student"):
-                    scores = score_student(student, teacher_hidden_ND, inputs, active_BT, self.token_ids.pad)
+                    pad_id, packed = self.token_ids.pad, self.args.padding_free
+                    scores = score_student(student, teacher_hidden_ND, inputs, active_BT, pad_id, packed=packed)
                     scores = dataclasses.replace(
                         scores,
                         weights_N=inputs.weights_BT[active_BT],
@@ -251,16 +257,15 @@ class ImagineOPDTrainer(SafeSaving):
         self.guards.note_objective(inputs, active_BT, results[0])
         return (loss, results[0]) if return_outputs else loss
 
-    def _score_teacher(
-        self, model: Any, batch: MicroBatch, active_BT: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _score_teacher(self, model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The teacher's hidden states with the evidence and, for a contrast, with neutral evidence."""
+        active_BT, pad_id, packed = batch.weights_BT > 0, self.token_ids.pad, self.args.padding_free
 
         def compute(teacher: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-            hidden_ND = score_teacher(teacher, batch, active_BT, self.token_ids.pad)
+            hidden_ND = score_teacher(teacher, batch, active_BT, pad_id, packed=packed)
             if self.view_config.neutral == "none":
                 return hidden_ND, None
-            return hidden_ND, score_teacher(teacher, batch, active_BT, self.token_ids.pad, neutral=True)
+            return hidden_ND, score_teacher(teacher, batch, active_BT, pad_id, neutral=True, packed=packed)
 
         # Here too: with step advantages the teacher runs before the step, outside of `training_step`.
         with self.guards.explained_batch(batch), self.step_metrics.stage("teacher"):
@@ -268,9 +273,14 @@ class ImagineOPDTrainer(SafeSaving):
 
     def training_step(self, model: Any, inputs: MicroBatch, num_items_in_batch: Any = None) -> torch.Tensor:
         """The Trainer's step, timed and guarded."""
+
+        def step(part: MicroBatch) -> torch.Tensor:
+            with self.guards.explained_batch(part):
+                loss: torch.Tensor = super(ImagineOPDTrainer, self).training_step(model, part, num_items_in_batch)
+            return loss
+
         with self.step_metrics.stage("step"):
-            with self.guards.explained_batch(inputs):
-                loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            loss = step_parts(self.accelerator, model, inputs, step)
             self.guards.settle_step(model, self.optimizer, loss, inputs)
         return loss
 
@@ -315,7 +325,9 @@ class ImagineOPDTrainer(SafeSaving):
         self.has_moved = True
 
     def check_before_training(self) -> None:
-        """The teacher checks and the privilege probe, each where it is on."""
+        """The check of packed forwards, those of the teacher and the privilege probe, each where it is on."""
+        if self.args.padding_free:
+            self.guards.check_packing()
         if self.args.teacher_checks:
             self.run_teacher_checks()
         if self.args.probe_rows and (self.args.teacher_checks or self.args.probe_steps):

@@ -17,14 +17,14 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from imagine_opd.config import guards, objective, privilege, rollout, run, views, weights
+from imagine_opd.config import forwards, guards, objective, privilege, rollout, run, views, weights
 from imagine_opd.config.checks import refuse_bad_kind
 from imagine_opd.config.recipe import RECIPE_FIELDS, RECIPE_FILE, load_recipe, save_recipe
 from imagine_opd.errors import ConfigError
 
 __all__ = ["RECIPE_FIELDS", "RECIPE_FILE", "ImagineOPDConfig", "build_config", "load_recipe", "save_recipe"]
 
-_PARTS = (weights, objective, rollout, views, privilege, guards, run)
+_PARTS = (weights, objective, rollout, forwards, views, privilege, guards, run)
 _CHECKPOINTING = {  # transformers renamed these; a recipe works with either release
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
@@ -41,6 +41,7 @@ class ImagineOPDConfig(
     weights.WeightFields,
     objective.ObjectiveFields,
     rollout.RolloutFields,
+    forwards.ForwardFields,
     views.ViewFields,
     privilege.PrivilegeFields,
     guards.GuardFields,

@@ -22,6 +22,7 @@ from imagine_opd.evaluation import decode_completions
 from imagine_opd.guards.image_identity import refuse_foreign_images
 from imagine_opd.guards.monitors import CollapseCallback
 from imagine_opd.guards.nonfinite import NonfiniteGuard, describe_micro_batch
+from imagine_opd.guards.packing import refuse_mixed_packing
 from imagine_opd.guards.repetition import measure_repetition
 from imagine_opd.loss import DenseStats, Objective
 from imagine_opd.memory_advice import (
@@ -33,8 +34,9 @@ from imagine_opd.memory_advice import (
     read_pass,
 )
 from imagine_opd.metrics import CompletionLogger, CompletionSample, TokenClassifier, make_thumbnails, note_kl
-from imagine_opd.models import get_head, run_inside
-from imagine_opd.parallel import sum_over_ranks
+from imagine_opd.models import get_head, paused, run_inside
+from imagine_opd.packing import describe_packing, refuse_unpackable
+from imagine_opd.parallel import gather_parameters, sum_over_ranks
 from imagine_opd.rollout.finish import find_truncated
 from imagine_opd.teacher import (
     STUDENT,
@@ -138,6 +140,23 @@ class RunGuards:
                 self.builder.teacher_view,
             )
         self.measure_probe()
+
+    def check_packing(self) -> None:
+        """Says how packed sequences are kept apart, and raises `ConfigError` where they are not."""
+        rows, model, token_ids = self.trainer.train_dataset, self.trainer.model_wrapped, self.builder.engine.token_ids
+        pairs = [pair for pair in self.builder.build_pairs([rows[i] for i in range(min(2, len(rows)))]) if pair]
+        if not pairs:
+            return  # a run without a usable row ends with a sentence of its own
+        pairs = (pairs * 2)[:2]
+        explained = self.explained_check("the check of packed forwards", lambda: pairs, "max_tokens_per_forward")
+        with explained, self.trainer.accelerator.autocast():
+            with gather_parameters(model) as student, paused(student):
+                self.trainer.say_once(describe_packing(student))
+                refuse_mixed_packing(student, [pair.student for pair in pairs], token_ids, "student")
+            with self.teacher.gathered(model) as teacher, paused(teacher):
+                refuse_unpackable(teacher)
+                refuse_mixed_packing(teacher, [pair.teacher for pair in pairs], token_ids, "teacher")
+        self.metrics.clear()  # as for the checks below
 
     def check_teacher(self, step: int) -> None:
         """The periodic check; raises `TeacherError`."""
