@@ -158,7 +158,8 @@ def test_a_sequence_longer_than_the_budget_goes_alone_and_is_said_once(tiny, mak
     for run in (trainer, plain):
         run.train()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("max_tokens_per_forward=30: ")]
-    assert said == ["max_tokens_per_forward=30: a sequence of 47 tokens goes alone, and is more than that"]
+    assert len(said) == 1
+    assert said[0].startswith("max_tokens_per_forward=30: sequences of more tokens go alone; max_pixels, ")
     losses = [[line["loss"] for line in read_metrics(run) if "loss" in line] for run in (trainer, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert largest_difference(weights_of(trainer.model), weights_of(plain.model)) < 1e-4

@@ -40,9 +40,11 @@ def plan_parts(
         return list(micro_batches)
     lengths = [measure_lengths(batch) for batch in micro_batches]
     plans = [cut_rows(sizes, budget, packed) for sizes in lengths]
-    longest = max((max(size) for sizes in lengths for size in sizes), default=0)
-    if longest > budget:
-        say(f"max_tokens_per_forward={budget}: a sequence of {longest} tokens goes alone, and is more than that")
+    if any(max(size) > budget for sizes in lengths for size in sizes):
+        say(
+            f"max_tokens_per_forward={budget}: sequences of more tokens go alone; max_pixels, crop_max_pixels and "
+            "max_completion_length make them shorter"
+        )
     counts = [max(found) for found in zip(*gather_figures([len(plan) for plan in plans]), strict=True)]
     return [
         replace(batch, parts=tuple(cut_further(plan, sizes, count, packed)))

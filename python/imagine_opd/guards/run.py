@@ -148,7 +148,7 @@ class RunGuards:
         if not pairs:
             return  # a run without a usable row ends with a sentence of its own
         pairs = (pairs * 2)[:2]
-        explained = self.explained_check("the check of packed forwards", lambda: pairs, "max_tokens_per_forward")
+        explained = self.explained_check("the check of packed forwards", lambda: pairs, None)
         with explained, self.trainer.accelerator.autocast():
             with gather_parameters(model) as student, paused(student):
                 self.trainer.say_once(describe_packing(student))
@@ -304,9 +304,9 @@ class RunGuards:
 
     @contextmanager
     def explained_check(
-        self, name: str, make_pairs: Callable[[], Sequence[PromptPair]], field: str = "teacher_check_rows"
+        self, name: str, make_pairs: Callable[[], Sequence[PromptPair]], field: str | None = "teacher_check_rows"
     ) -> Iterator[None]:
-        """The same for a check on the teacher's prompts of a few rows, whose number is the config's `field`."""
+        """The same for a check on the teacher's prompts of a few rows, as many as the config's `field` says."""
 
         def explain(error: BaseException) -> str:
             facts = read_pass(name, [pair.teacher for pair in make_pairs()], self.args.max_completion_length)
