@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benches import KERNEL_BENCHES, VIEW_BENCHES
 from benches.results import RESULTS
+from benches.step_table import STEP_RESULTS
 from benches.view_table import VIEW_RESULTS
 
 ROOT = Path(__file__).parent
@@ -29,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bench-baseline", metavar="FILE", help="write the views' table to FILE (benches/baselines/views_cpu.json)"
     )
+    group.addoption(
+        "--bench-step", metavar="FILE", help="write the step's table to FILE (benches/baselines/step_cpu.json)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,13 +50,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if results is not None and (results.rows or results.left_out):
         terminalreporter.section("kernels and their peers")
         terminalreporter.write_line(results.render())
-    views = config.stash.get(VIEW_RESULTS, None)
-    if views is None or not (views.rows or views.left_out):
+    _write_section(terminalreporter, config, VIEW_RESULTS, "views and their peers", "bench_baseline")
+    _write_section(terminalreporter, config, STEP_RESULTS, "a step and its peers", "bench_step")
+
+
+def _write_section(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config, key: Any, title: str, option: str
+) -> None:
+    """A table, where its benches have run, and its file, where one is asked for."""
+    results = config.stash.get(key, None)
+    if results is None or not (results.rows or results.left_out):
         return
-    terminalreporter.section("views and their peers")
-    terminalreporter.write_line(views.render())
-    baseline = config.getoption("bench_baseline")
-    if baseline:
+    terminalreporter.section(title)
+    terminalreporter.write_line(results.render())
+    if config.getoption(option):
         from benches.environment import describe_environment
 
-        views.write(Path(baseline), describe_environment())
+        results.write(Path(config.getoption(option)), describe_environment())

@@ -1,4 +1,4 @@
-"""Fixtures of the benches: what compares, times and records, the pictures of the views, and the run's end of time."""
+"""Fixtures of the benches: what compares, times and records, pictures of the views, and the run's end of time."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from benches.environment import describe_cpu, describe_device
 from benches.measure import find_device
 from benches.results import RESULTS, Results
 from benches.shapes import choose_size
+from benches.step_plan import choose_level as choose_step_level
+from benches.step_plan import start_results
+from benches.step_table import STEP_RESULTS, StepResults
 from benches.view_files import Pictures, choose_level
 from benches.view_table import VIEW_RESULTS, ViewResults
 
@@ -71,12 +74,25 @@ def view_results(request: pytest.FixtureRequest) -> Iterator[ViewResults]:
     log.removeFilter(is_news)
 
 
+@pytest.fixture(scope="session")
+def step_results(request: pytest.FixtureRequest) -> StepResults:
+    """What the step bench finds."""
+    results = request.config.stash[STEP_RESULTS] = start_results(choose_step_level(request.config))
+    return results
+
+
+@pytest.fixture(scope="session")
+def step_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For pictures, records and the peers' logs."""
+    return tmp_path_factory.mktemp("step")
+
+
 @pytest.fixture(autouse=True)
 def skip_when_time_is_up(request: pytest.FixtureRequest) -> None:
     """`--bench-seconds`: what has not begun by then is skipped, and listed as left out."""
     seconds = request.config.getoption("bench_seconds")
     if seconds is not None and time.monotonic() - STARTED > seconds:
         reason = f"not begun within {seconds:g} s"
-        kept = "view_results" if "view_results" in request.fixturenames else "runner"
+        kept = next((name for name in ("view_results", "step_results") if name in request.fixturenames), "runner")
         request.getfixturevalue(kept).leave_out(request.node.name, reason)
         pytest.skip(reason)

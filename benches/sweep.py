@@ -34,14 +34,17 @@ from imagine_opd.kernels.tuning import TABLE, TileConfig, Tuning, override, save
 MOST_EXTRA_MIB = 3072.0
 """What the linear kernels may take beyond inputs and outputs."""
 
-# (columns of a tile, warps): 8 to 32 columns for each thread.
-TILES = [(2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (8192, 32), (16384, 16)]
+# (columns of a tile, warps): 8 to 64 columns for each thread.
+TILES = [(2048, 2), (2048, 4), (2048, 8), (4096, 2), (4096, 4), (4096, 8), (8192, 4), (8192, 8), (8192, 16)]
 FIRST_STAGES, OTHER_STAGES = 3, [2, 4]
 CHUNK_ROWS = [512, 640, 768, 1024, 1280, 1536, 1664]
 DEFAULT = "default"
 NO_TIME = "no time left"
 ROW_KERNELS_SHARE = 0.6
 """Of the time; chunks have the rest."""
+
+LEAST_GAIN = 0.02
+"""By which a candidate must be faster than what stands: less is within the spread of the times."""
 
 
 @dataclass
@@ -110,8 +113,11 @@ def with_tuning(step: Step, tuning: Tuning) -> Step:
 
 
 def pick(times_ms: Mapping[str, float], fallback: str) -> str:
-    """The fastest name, or the fallback where nothing was timed."""
-    return min(times_ms, key=lambda name: times_ms[name]) if times_ms else fallback
+    """The fastest name; the fallback where nothing was timed, or where it is as fast within `LEAST_GAIN`."""
+    if not times_ms:
+        return fallback
+    best = min(times_ms, key=lambda name: times_ms[name])
+    return fallback if times_ms.get(fallback, float("inf")) * (1 - LEAST_GAIN) <= times_ms[best] else best
 
 
 def sweep_tiles(
@@ -123,8 +129,7 @@ def sweep_tiles(
     def try_tiles(question: str, candidates: Sequence[TileConfig]) -> TileConfig:
         named = {format_tile(tile): tile for tile in candidates}
         steps = {key: with_tuning(step, replace(base, **{name: tile})) for key, tile in named.items()}
-        won = pick(sweep.race(question, steps, truth, dtype_of(truth)), "")
-        return named.get(won, candidates[0])
+        return named[pick(sweep.race(question, steps, truth, dtype_of(truth)), next(iter(named)))]
 
     best = try_tiles(f"{name}: tile", [current, *(TileConfig(*tile, FIRST_STAGES) for tile in tiles)])
     best = try_tiles(f"{name}: stages", [best, *(best._replace(num_stages=stages) for stages in OTHER_STAGES)])

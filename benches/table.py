@@ -7,8 +7,11 @@ twice lowers the rate, and a rate at the ceiling is the end of the road.
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the table itself needs no torch
@@ -131,6 +134,46 @@ def mark_cells(lines: Sequence[Sequence[str]], left: int) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [headings, rule, *others])
 
 
+BEGIN, END = "<!-- begin: kernels, from {name} -->", "<!-- end: kernels -->"
+
+
+def render_page(rows: Iterable[Row]) -> str:
+    """A line for each case: our time, and how many times faster ours is than each peer."""
+    cases: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        cases.setdefault((f"{row.kernel}: {row.case}", row.shape), []).append(row)
+    lines = []
+    for (name, shape), found in cases.items():
+        peers = [f"{row.implementation} {row.times_ours:.2f}" for row in found if row.implementation != OURS]
+        for row in found:
+            if row.implementation == OURS:
+                _, _, _, time, _, ceiling, _, extra, _, target = format_row(row)
+                lines.append((name, shape, ", ".join(peers), time, target, ceiling, extra))
+    headings = ("kernel", "shape", "ours is × faster than", "ours, ms", "target ms", "of ceiling", "extra MiB")
+    return mark_cells([headings, *lines], left=3)
+
+
+def write_page(rows: Iterable[Row], page: str, name: str) -> str:
+    """The page with the table of a kept run between its marks."""
+    begin = BEGIN.format(name=name)
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"the page has no {begin!r} followed by {END!r}")
+    return f"{before}{begin}\n{render_page(rows)}\n{END}{after}"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Of a kept run."""
+    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+
+
 def render_left_out(left_out: Iterable[tuple[str, str]]) -> str:
     """The implementations that were not timed, one line for each and its reason."""
     return "\n".join(f"left out: {name}: {reason}" for name, reason in dict.fromkeys(left_out))
+
+
+if __name__ == "__main__":
+    kept, target = map(Path, sys.argv[1:3])
+    page = write_page(read_rows(kept), target.read_text(encoding="utf-8"), kept.as_posix())
+    target.write_text(page, encoding="utf-8")

@@ -30,6 +30,7 @@ class Backend(NamedTuple):
     compute_gradient: Callable[..., Tensor]
     compute_both: Callable[..., Tensor]
     look_again: Callable[..., Tensor]
+    compute_state: Callable[..., Tensor]
     finish_state: Callable[..., Tensor]
     scale: Callable[[Tensor, Tensor], Tensor]
     compute_head_state: Callable[..., Tensor] | None

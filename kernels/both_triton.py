@@ -80,6 +80,7 @@ def both_kernel(
             inv_temperature,
             teacher_inv_temperature,
             V,
+            V // BLOCK_V,
             TILES,
             BLOCK_V,
             NUM_STAGES,

@@ -98,6 +98,45 @@ def compute_stats(
     return table
 
 
+def compute_state(
+    student: Logits, teacher: Logits | None, token_ids_N: Tensor, spec: StatsSpec, first_column: int, columns: int
+) -> Tensor:
+    """As `reference.compute_state`."""
+    student, teacher = make_rows_dense(student), None if teacher is None else make_rows_dense(teacher)
+    rows, device = len(token_ids_N), token_ids_N.device
+    state = torch.empty(STATE_ROWS, rows, dtype=torch.float32, device=device)
+    if rows == 0:
+        return state
+    load_columns = choose_load_columns(student, teacher, columns)
+    tile = tuning.choose_tile(tuning.get_tuning(device).stats, load_columns)
+    local_ids_N = token_ids_N - first_column  # those of other parts are out of range, and nothing is read for them
+    with on_device(device):
+        stats_kernel[(rows, 1)](
+            student.values_NV,
+            (teacher or student).values_NV,
+            local_ids_N,
+            local_ids_N,
+            state,
+            rows,
+            *list_side_arguments(student, teacher),
+            *list_temperatures(spec),
+            V=columns,
+            LOAD_V=load_columns,
+            SPLITS=0,
+            TILES=-(-columns // tile.block_v),
+            BLOCK_V=tile.block_v,
+            NUM_STAGES=tile.num_stages,
+            **name_flags(student, teacher, spec),
+            HAS_TEACHER=teacher is not None,
+            HAS_FORWARD=spec.forward_kl and teacher is not None,
+            HAS_MASK=False,
+            POLICY=POLICIES[spec.missing],
+            num_warps=tile.num_warps,
+            **COMPILE_OPTIONS,
+        )
+    return state
+
+
 def finish_state(
     states: Tensor,
     token_ids_N: Tensor,

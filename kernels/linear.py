@@ -131,8 +131,9 @@ def run_chunks(
     """
     backend = load_backend(plan.backend)
     rows = len(ids_N)
-    height = plan.chunk_rows or choose_height(student, teacher, plan, rows, gradients)
-    project_chunk = ChunkProjector(student, teacher, plan, min(height, rows))
+    height, group_rows = choose_heights(student, teacher, plan, rows, gradients)
+    project_chunk = ChunkProjector(student, teacher, plan, min(height, rows), group_rows)
+    group = None if gradients is None else GradientGroup(project_chunk, gradients, plan.vocabulary)
     if table is None:
         out = torch.zeros(TABLE_ROWS, rows, dtype=project_chunk.stats_dtype, device=ids_N.device)
     else:
@@ -143,14 +144,15 @@ def run_chunks(
             out[:, chunk] = backend.compute_stats(
                 student_logits, teacher_logits, ids_N[chunk], plan.spec, plan.vocabulary
             )
-        if weigh is None or gradients is None:
+        if weigh is None or group is None:
             continue
         weights_5C, uses = weigh(chunk, out[:, chunk])
         if not any(uses):
+            group.close()
             continue
         weights_5C, factor = scale_weights(weights_5C, student.hidden_ND.dtype)
         used_C = (weights_5C != 0).any(0)
-        grad_CV = backend.compute_gradient(
+        backend.compute_gradient(
             student_logits,
             teacher_logits,
             ids_N[chunk],
@@ -159,29 +161,88 @@ def run_chunks(
             uses,
             plan.spec,
             plan.vocabulary,
-            project_chunk.get_gradient_buffer(chunk),
+            group.get_buffer(chunk),
         )
-        # Without the padding: its gradient is 0, but what the head holds there need not be finite.
-        tokens = slice(0, plan.vocabulary)
-        add_gradients(gradients, chunk, student, grad_CV[:, tokens], factor, tokens, used_C)
+        group.add(used_C, factor)
+    if group is not None:
+        group.close()
     return out
 
 
-def choose_height(student: Side, teacher: Side | None, plan: LinearPlan, rows: int, gradients: Gradients | None) -> int:
-    """Rows of a chunk by memory and by how well the products fill the device."""
-    logits_bytes, operand_bytes = getattr(torch, plan.logits_dtype).itemsize, student.hidden_ND.element_size()
-    column_bytes = (1 if teacher is None else 2) * logits_bytes
-    if logits_bytes != operand_bytes:
-        column_bytes += operand_bytes  # the gradient does not fit into the logits' place
+def choose_heights(
+    student: Side, teacher: Side | None, plan: LinearPlan, rows: int, gradients: Gradients | None
+) -> tuple[int, int]:
+    """Rows of a chunk, and of the chunks that share the products with head and hidden states.
+
+    By memory, and by how well the products fill the device.
+    """
+    if plan.chunk_rows:
+        return plan.chunk_rows, plan.chunk_rows
+    device, (_, hidden) = student.hidden_ND.device, student.hidden_ND.shape
+    operand_dtype = student.hidden_ND.dtype
+    logits_bytes = (1 if teacher is None else 2) * getattr(torch, plan.logits_dtype).itemsize * plan.columns
+    # Else the gradient takes the logits' place.
+    gradient_bytes = 0 if plan.logits_dtype == plan.student_dtype else operand_dtype.itemsize * plan.columns
     trains_head = gradients is not None and gradients.weight_VD is not None
-    hidden = student.hidden_ND.shape[1]
-    return tuning.choose_chunk_rows(rows, hidden, plan.columns * column_bytes, trains_head, student.hidden_ND.device)
+    is_measured = teacher is not None and gradient_bytes > 0
+    groups = is_measured and trains_head and device.type == "cuda" and operand_dtype != torch.float16
+    if groups and tuning.find_measured_rows(hidden, trains_head, device) is None:
+        head_bytes = student.weight_VD.numel() * (4 - operand_dtype.itemsize)
+        found = tuning.choose_group(rows, logits_bytes, gradient_bytes, head_bytes)
+        if found is not None:
+            return found
+    height = tuning.choose_chunk_rows(
+        rows, hidden, logits_bytes + gradient_bytes, trains_head, device, is_measured=is_measured
+    )
+    return height, height
+
+
+class GradientGroup:
+    """Gradients of chunks that follow one another, until they go back to hidden states and head in one product."""
+
+    def __init__(self, project_chunk: ChunkProjector, gradients: Gradients, vocabulary: int) -> None:
+        self.project_chunk, self.gradients = project_chunk, gradients
+        # Without the padding: its gradient is 0, but what the head holds there need not be finite.
+        self.tokens = slice(0, vocabulary)
+        self.rows = slice(0, 0)
+        self.is_first = True
+        self.used: list[Tensor] = []
+        self.factor: Tensor | None = None
+
+    def get_buffer(self, chunk: slice) -> Tensor:
+        """Where the chunk's gradient goes."""
+        self.rows = slice(self.rows.start if self.used else chunk.start, chunk.stop)
+        return self._get_buffer()[chunk.start - self.rows.start :]
+
+    def add(self, used_C: Tensor, factor: Tensor | None) -> None:
+        """Note that the last chunk's gradient stands in the buffer; with a factor it must be alone there."""
+        self.used.append(used_C)
+        self.factor = factor
+        if self.rows.stop - self.rows.start + self.project_chunk.height > self.project_chunk.group_rows:
+            self.close()
+
+    def close(self) -> None:
+        """Take what there is back."""
+        if self.used:
+            used_G = self.used[0] if len(self.used) == 1 else torch.cat(self.used)
+            grad_GV = self._get_buffer()[:, self.tokens]
+            student = self.project_chunk.student
+            add_gradients(
+                self.gradients, self.rows, student, grad_GV, self.factor, self.tokens, used_G, first_rows=self.is_first
+            )
+            self.is_first = False
+        self.used = []
+
+    def _get_buffer(self) -> Tensor:
+        return self.project_chunk.get_gradient_buffer(self.rows.stop - self.rows.start)
 
 
 class ChunkProjector:
     """Logits of both sides for a chunk of rows, in buffers that the next chunk uses again."""
 
-    def __init__(self, student: Side, teacher: Side | None, plan: LinearPlan, height: int) -> None:
+    def __init__(
+        self, student: Side, teacher: Side | None, plan: LinearPlan, height: int, group_rows: int | None = None
+    ) -> None:
         self.student, self.teacher, self.columns = student, teacher, plan.columns
         self.logits_dtype: torch.dtype = getattr(torch, plan.logits_dtype)
         self.stats_dtype = torch.promote_types(self.logits_dtype, torch.float32)
@@ -190,7 +251,9 @@ class ChunkProjector:
         sides = 1 if teacher is None else 2
         self.logits = torch.empty(sides * height, plan.columns, dtype=self.logits_dtype, device=device)
         self.height = height
-        self.gradient = self.logits if student.hidden_ND.dtype == self.logits_dtype else None
+        self.group_rows = group_rows or height
+        takes_place = student.hidden_ND.dtype == self.logits_dtype and self.group_rows == height
+        self.gradient = self.logits if takes_place else None
 
     def __call__(self, chunk: slice) -> tuple[Logits, Logits | None]:
         height = chunk.stop - chunk.start
@@ -210,13 +273,15 @@ class ChunkProjector:
             project(teacher.hidden_ND[chunk], teacher.weight_VD[: self.columns], teacher_CV)
         return self._wrap(student, student_CV), self._wrap(teacher, teacher_CV)
 
-    def get_gradient_buffer(self, chunk: slice) -> Tensor:
-        """Where the chunk's gradient goes: each depends on its own logit alone, and takes its place if it fits."""
+    def get_gradient_buffer(self, rows: int) -> Tensor:
+        """Where the gradient of so many rows goes: each depends on its own logit alone, and takes its place if it
+        fits."""
         if self.gradient is None:
+            height = min(self.group_rows, len(self.student.hidden_ND))
             self.gradient = torch.empty(
-                self.height, self.columns, dtype=self.student.hidden_ND.dtype, device=self.logits.device
+                height, self.columns, dtype=self.student.hidden_ND.dtype, device=self.logits.device
             )
-        return self.gradient[: chunk.stop - chunk.start]
+        return self.gradient[:rows]
 
     def _wrap(self, side: Side, values_CV: Tensor) -> Logits:
         return Logits(values_CV, side.bias_V, side.scale, side.softcap)
@@ -281,11 +346,12 @@ def add_gradients(
     used_C: Tensor,
     *,
     first_part: bool = True,
+    first_rows: bool = False,
 ) -> None:
     """Take a block of the logits' gradient back to hidden states, head and bias.
 
     `columns`: the block's rows of the head. `used_C`: rows with a gradient; the hidden states of the others may hold
-    NaN. `first_part`: nothing stands in the hidden states' gradient yet.
+    NaN. `first_part`: nothing stands in the hidden states' gradient yet; `first_rows`: nothing in the head's.
     """
     if gradients.hidden_ND is not None:
         weight_VD = student.weight_VD[columns]
@@ -295,7 +361,10 @@ def add_gradients(
             add_product(gradients.hidden_ND[rows], grad_CV, weight_VD, factor)
     if gradients.weight_VD is not None:
         hidden_CD = torch.where(used_C[:, None], student.hidden_ND[rows], 0.0)  # 0 * NaN would be NaN
-        add_product(gradients.weight_VD[columns], grad_CV.t(), hidden_CD, factor)
+        if first_rows and factor is None:
+            multiply(grad_CV.t(), hidden_CD, gradients.weight_VD[columns])
+        else:
+            add_product(gradients.weight_VD[columns], grad_CV.t(), hidden_CD, factor)
     if gradients.bias_V is not None:
         total_V = grad_CV.sum(0, dtype=gradients.bias_V.dtype)
         gradients.bias_V[columns] += total_V if factor is None else total_V * factor

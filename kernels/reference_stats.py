@@ -146,7 +146,8 @@ def merge_states(states: Tensor, spec: StatsSpec) -> Tensor:
 def finish_state(
     state: Tensor, token_ids_N: Tensor, spec: StatsSpec, vocabulary: int, has_teacher: bool = True
 ) -> Tensor:
-    """The state of whole rows to their statistics table [13, N]."""
+    """Partial states [P, 11, N] or whole ones [11, N] to the statistics table [13, N]."""
+    state = merge_states(state, spec) if state.ndim == 3 else state
     table = torch.full((TABLE_ROWS, state.shape[1]), math.nan, dtype=state.dtype, device=state.device)
     is_known_N = (token_ids_N >= 0) & (token_ids_N < vocabulary)
     d_N, log_d_N = state[Partial.STUDENT_SUM], state[Partial.STUDENT_SUM].log()

@@ -7,7 +7,15 @@ A program walks a row's column tiles once and keeps running sums. No atomics and
 import triton
 import triton.language as tl
 
-from imagine_opd.kernels.algebra_triton import begin_state, convert_state, load_logits, store_stats, update_state
+from imagine_opd.kernels.algebra_triton import (
+    LOWEST,
+    begin_state,
+    convert_state,
+    load_logits,
+    store_stats,
+    update_plain_state,
+    update_state,
+)
 from imagine_opd.kernels.merge_triton import store_state
 
 
@@ -26,6 +34,7 @@ def walk_row(
     inv_temperature,
     teacher_inv_temperature,
     V: tl.constexpr,
+    FULL: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -37,10 +46,46 @@ def walk_row(
 ):
     """The state, vectors [1], of TILES tiles of one row from column `first`; energy and ratios in nats.
 
-    Columns up to `limit` are read, those up to V count.
+    Columns up to `limit` are read, those up to V count. The first FULL tiles are known to be whole, and need no masks.
     """
     state = begin_state(tl.zeros([1], tl.float32))
-    for tile in tl.range(0, TILES, num_stages=NUM_STAGES):
+    if FULL > 0:  # noqa: SIM102 - known when compiled, the next when run
+        if limit > 0:
+            for tile in tl.range(0, FULL, num_stages=NUM_STAGES):
+                columns = first + tile * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+                s = load_logits(
+                    student_ptr, columns, None, student_bias_ptr, student_scale, student_softcap, STUDENT_ADJUST
+                )
+                t = s
+                smallest = s
+                if HAS_TEACHER:
+                    t = load_logits(
+                        teacher_ptr, columns, None, teacher_bias_ptr, teacher_scale, teacher_softcap, TEACHER_ADJUST
+                    )
+                    smallest = tl.minimum(s, t)
+                if tl.min(smallest) >= LOWEST:
+                    state = update_plain_state(
+                        s,
+                        t,
+                        state,
+                        inv_temperature,
+                        teacher_inv_temperature,
+                        HAS_TEACHER,
+                        HAS_FORWARD,
+                        SAME_TEMPERATURE,
+                    )
+                else:
+                    state = update_state(
+                        s,
+                        t,
+                        state,
+                        inv_temperature,
+                        teacher_inv_temperature,
+                        HAS_TEACHER,
+                        HAS_FORWARD,
+                        SAME_TEMPERATURE,
+                    )
+    for tile in tl.range(FULL, TILES, num_stages=NUM_STAGES):
         columns = first + tile * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
         mask = columns < limit
         s = load_logits(student_ptr, columns, mask, student_bias_ptr, student_scale, student_softcap, STUDENT_ADJUST)
@@ -97,7 +142,10 @@ def stats_kernel(
     SAME_TEMPERATURE: tl.constexpr,
     POLICY: tl.constexpr,
 ):
-    """Whole rows to the statistics table, or with SPLITS > 1 parts of rows to partial states [SPLITS, 11, N]."""
+    """Whole rows to the statistics table, or with SPLITS > 1 parts of rows to partial states [SPLITS, 11, N].
+
+    With SPLITS = 0 the columns at hand are all of a row but a part of the vocabulary: a partial state [11, N].
+    """
     row = tl.program_id(0).to(tl.int64)  # N * V passes 2^31 at row 14,134 of a 151,936-token vocabulary
     split = tl.program_id(1)
     active = row >= 0
@@ -122,6 +170,7 @@ def stats_kernel(
         inv_temperature,
         teacher_inv_temperature,
         V,
+        V // BLOCK_V if SPLITS < 2 else 0,
         TILES,
         BLOCK_V,
         NUM_STAGES,

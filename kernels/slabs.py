@@ -1,7 +1,7 @@
 """The way of least memory: a slab of the vocabulary at a time, for a block of rows, and nothing of size [C, V].
 
-Statistics come from partial states of the slabs, merged (on a GPU by a kernel that keeps logits in registers); the
-gradient makes each slab's logits once more. Five or six matrix products instead of three or four.
+Statistics come from partial states of the slabs, merged; the gradient makes each slab's logits once more. Five or six
+matrix products instead of three or four.
 """
 
 # N kept tokens, R rows of a block, S columns of a slab, V vocabulary
@@ -31,6 +31,10 @@ SLAB_COLUMNS = 4096
 BLOCK_ROWS = 2048
 """Two fp32 buffers of 32 MiB."""
 
+USES_HEAD_KERNEL = False
+"""Whether statistics come from one Triton kernel, which by the time of whole steps multiplied at less than half of
+cuBLAS's pace on an H200."""
+
 
 def run_slabs(
     student: Side,
@@ -44,8 +48,9 @@ def run_slabs(
     """As `linear.run_chunks`; the loss is asked once, for all rows."""
     backend = load_backend(plan.backend)
     if table is None:
-        state = (backend.compute_head_state or compute_head_state)(student, teacher, ids_N, plan)
-        table = backend.finish_state(state, ids_N, plan.spec, plan.vocabulary, teacher is not None)
+        compute = backend.compute_head_state if USES_HEAD_KERNEL else None
+        states = (compute or compute_head_state)(student, teacher, ids_N, plan)
+        table = backend.finish_state(states, ids_N, plan.spec, plan.vocabulary, teacher is not None)
         if teacher is not None and (plan.spec.exact_kl or plan.spec.jsd_beta):
             sums = torch.zeros(3, len(ids_N), dtype=table.dtype, device=table.device)
             for rows, _, student_logits, teacher_logits in project_slabs(student, teacher, plan):
@@ -102,23 +107,14 @@ def project_slabs(
 
 
 def compute_head_state(student: Side, teacher: Side | None, ids_N: Tensor, plan: LinearPlan) -> Tensor:
-    """The state [11, N] of whole rows, slab by slab in PyTorch."""
-    whole: Tensor | None = None
-    parts: list[Tensor] = []
-
-    def merge(parts: list[Tensor]) -> Tensor:
-        part = torch.cat(parts, dim=1)
-        return part if whole is None else reference.merge_states(torch.stack([whole, part]), plan.spec)
-
-    start = 0
+    """Partial states [P, 11, N] of whole rows, one for each slab."""
+    backend = load_backend(plan.backend)
+    dtype = torch.promote_types(getattr(torch, plan.logits_dtype), torch.float32)
+    parts = -(-plan.vocabulary // SLAB_COLUMNS)
+    states = torch.empty(parts, STATE_ROWS, len(ids_N), dtype=dtype, device=ids_N.device)
     for rows, slab, student_logits, teacher_logits in project_slabs(student, teacher, plan):
-        if slab.start != start:
-            whole, parts, start = merge(parts), [], slab.start
         columns = student_logits.values_NV.shape[1]
-        parts.append(
-            reference.compute_state(student_logits, teacher_logits, ids_N[rows], plan.spec, slab.start, columns)
+        states[slab.start // SLAB_COLUMNS, :, rows] = backend.compute_state(
+            student_logits, teacher_logits, ids_N[rows], plan.spec, slab.start, columns
         )
-    if not parts:
-        dtype = torch.promote_types(getattr(torch, plan.logits_dtype), torch.float32)
-        return torch.zeros(STATE_ROWS, 0, dtype=dtype, device=ids_N.device)
-    return merge(parts)
+    return states

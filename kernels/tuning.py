@@ -17,7 +17,14 @@ TABLE = Path(__file__).with_name("tuning.json")
 CHUNK_BYTES = 2_684_354_560
 """Most that the buffers of a chunk may take, 2.5 GiB: with what else is held, 3 GiB beyond inputs and outputs."""
 
+HEAD_BYTES = 3 * 2**30 - 2**26
+"""Most that the buffers of a chunk and what a trained head's fp32 sum takes beyond its gradient may take together:
+3 GiB less what rows of hidden states take."""
+
 CPU_CHUNK_BYTES = 2**26
+
+GROUP_CHUNK_ROWS = 512
+"""Least rows of a chunk where chunks share one product with the head's gradient."""
 
 
 class TileConfig(NamedTuple):
@@ -29,19 +36,22 @@ class TileConfig(NamedTuple):
 
 
 _TILE = TileConfig(4096, 8, 3)
+_SUM_TILE = TileConfig(4096, 4, 3)
+"""Of kernels that sum over a row: few warps wait for one another; a third faster than 8 warps on an H200."""
 
 
 @dataclass(frozen=True)
 class Tuning:
     """The launch shapes of one kind of device; the defaults compile for sm_80 and sm_90 without register spills."""
 
-    stats: TileConfig = _TILE
+    stats: TileConfig = _SUM_TILE
     gradient: TileConfig = _TILE
-    fused: TileConfig = _TILE
+    fused: TileConfig = _SUM_TILE
     rows_in_flight: int = 0
     """Programs of the fused kernel; each takes every such row. 0: one program for each row."""
     chunk_rows: dict[str, int] = field(default_factory=dict)
-    """Rows of a chunk by hidden size: "2560" with a frozen head, "2560+dW" with a trained one."""
+    """Rows of a chunk by hidden size, for fp32 logits of both sides: "2560" with a frozen head, "2560+dW" with a
+    trained one."""
 
 
 _override: Tuning | None = None
@@ -113,21 +123,46 @@ def choose_parts(programs: int, rows: int) -> int:
     return 1 << (-(-programs // max(rows, 1)) - 1).bit_length()
 
 
-def choose_chunk_rows(rows: int, hidden: int, row_bytes: int, trains_head: bool, device: torch.device) -> int:
+def choose_chunk_rows(
+    rows: int, hidden: int, row_bytes: int, trains_head: bool, device: torch.device, *, is_measured: bool = False
+) -> int:
     """Rows of a chunk: as many full waves of the product that goes back to the hidden states as memory allows.
 
-    `row_bytes`: what a row takes of all buffers.
+    `row_bytes`: what a row takes of all buffers. `is_measured`: the buffers are those of the table's heights.
     """
     if rows == 0:
         return 1
     if device.type != "cuda":
         return min(rows, max(16, CPU_CHUNK_BYTES // row_bytes))
     most = max(128, CHUNK_BYTES // row_bytes // 128 * 128)
-    measured = get_tuning(device).chunk_rows.get(f"{hidden}+dW" if trains_head else str(hidden))
+    measured = find_measured_rows(hidden, trains_head, device) if is_measured else None
     height = min(measured, most) if measured is not None else choose_full_waves(hidden, most, device)
     # Chunks of equal height: a low last one reads the whole heads for a few rows.
     chunks = -(-rows // height)
     return min(height, -(-rows // (chunks * 128)) * 128) if chunks > 1 else rows
+
+
+def find_measured_rows(hidden: int, trains_head: bool, device: torch.device) -> int | None:
+    """Rows of a chunk as the table has them."""
+    return get_tuning(device).chunk_rows.get(f"{hidden}+dW" if trains_head else str(hidden))
+
+
+def choose_group(rows: int, logits_bytes: int, gradient_bytes: int, head_bytes: int) -> tuple[int, int] | None:
+    """Rows of a chunk, and of the chunks whose gradients go back to a trained head in one product; `None`: no groups.
+
+    Every product with the head's gradient reads and writes its whole fp32 sum, as long as half the product itself at
+    1,500 rows: few high products, whose gradients wait in 16 bits, cost less than one for each chunk of fp32 logits.
+    `logits_bytes`, `gradient_bytes`: what a row takes; `head_bytes`: what the head's sum takes beyond its gradient.
+    """
+    most = min(CHUNK_BYTES, HEAD_BYTES - head_bytes)
+    for groups in range(1, 1 + -(-rows // GROUP_CHUNK_ROWS)):
+        height = -(-rows // (groups * 128)) * 128
+        for chunks in range(1, 1 + max(1, height // GROUP_CHUNK_ROWS)):
+            chunk = -(-height // (chunks * 128)) * 128
+            group = chunk * chunks
+            if chunk * logits_bytes + min(group, rows) * gradient_bytes <= most:
+                return chunk, group
+    return None
 
 
 def choose_full_waves(hidden: int, most: int, device: torch.device) -> int:

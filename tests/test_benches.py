@@ -10,17 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from benches import peers, problems, shapes, view_runner
+from benches import peers, problems, shapes, table, view_runner
 from benches.cases import Case, compare, make_rows
 from benches.ceilings import Ceilings
 from benches.environment import name_file
-from benches.gpu_suite import read_tests
+from benches.gpu_suite import Suite, read_tests, run_stages
 from benches.measure import Timing, summarize, time_in_turns
 from benches.packages import SetupError, find_wheel
+from benches.sweep import pick
 from benches.table import (
     OURS,
     Row,
@@ -301,6 +303,28 @@ def test_kept_run_reads_back_and_fills_the_page_between_its_marks(tmp_path):
         write_page(rows, "nothing")
 
 
+def test_page_of_a_gpu_run_has_a_line_for_each_case_with_every_peers_ratio():
+    rows = [
+        Row("k", "c", "N=8", OURS, 2.0, 0.2, 9, 2000.0, "GB/s", 0.5, 70.0, 12.0, target_ms=3.2),
+        Row("k", "c", "N=8", "torch", 20.0, 0.2, 9, 200.0, "GB/s", times_ours=10.0),
+        Row("k", "c", "N=8", "trl", 1.0, 0.2, 9, 4000.0, "GB/s", times_ours=0.5),
+        Row("k", "c", "N=4", OURS, 1.0, 0.2, 9, 2000.0, "GB/s", 0.5, 70.0, 6.0),
+    ]
+    assert table.render_page(rows).splitlines()[2:] == [
+        "| k: c | N=8 | torch 10.00, trl 0.50 | 2 ± 0.1 | 3.2 | 50% | 12 |",
+        "| k: c | N=4 |  | 1 ± 0.1 | – | 50% | 6 |",
+    ]
+    with pytest.raises(ValueError, match="the page has no"):
+        table.write_page(rows, "nothing", "a.json")
+
+
+def test_page_shows_the_kept_run_of_the_kernels():
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    (name,) = re.findall(r"<!-- begin: kernels, from (\S+) -->", page)
+    assert json.loads((ROOT / name).read_text(encoding="utf-8"))["on_gpu"]
+    assert table.write_page(table.read_rows(ROOT / name), page, name) == page
+
+
 def test_page_shows_the_kept_run_of_the_views():
     page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     baseline = ROOT / "benches/baselines/views_cpu.json"
@@ -372,6 +396,30 @@ def test_benchmark_option_prints_the_table_and_writes_json(tmp_path):
     assert {row["max_difference"] for row in kept["rows"] if "scaled" not in row["case"]} == {0.0}
     extra = next(bench["extra_info"] for bench in found if bench["name"] == "test_views[uint8]")
     assert set(extra["times_faster"]) == {"path", "tensor", "PIL image"}
+
+
+@pytest.mark.parametrize(
+    ("times_ms", "won"),
+    [
+        ({"default": 2.0, "other": 1.5}, "other"),
+        ({"default": 2.0, "other": 1.97}, "default"),  # 1.5 % are within the spread
+        ({"other": 1.5, "third": 1.4}, "third"),  # the default answered wrong, say
+        ({}, "default"),
+    ],
+)
+def test_a_launch_shape_must_win_by_more_than_the_spread(times_ms, won):
+    assert pick(times_ms, "default") == won
+
+
+def test_gpu_suite_runs_the_chosen_stages_alone(tmp_path, monkeypatch):
+    suite = Suite(tmp_path, tmp_path, dict(os.environ), True, time.monotonic() + 60.0, ("ceilings",))
+    ran: list[list[str]] = []
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **_: (ran.append(command), SimpleNamespace(wait=lambda _: 0, pid=0))[1]
+    )
+    run_stages(suite)
+    assert [stage.name for stage in suite.stages] == ["ceilings"]
+    assert [command[2] for command in ran] == ["benches.ceilings"]
 
 
 @pytest.mark.slow

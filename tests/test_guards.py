@@ -257,7 +257,7 @@ def mean_look_logprob(trainer, rows) -> float:
 
 
 def test_a_batch_with_the_crops_of_another_row_stops_the_run(make_trainer, monkeypatch):
-    trainer = make_trainer(max_steps=1)
+    trainer = make_trainer(max_steps=1, prefetch_views=False)
     exact = trainer.builder.build_pairs
 
     def shuffle(rows):

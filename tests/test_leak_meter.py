@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from imagine_opd.evaluation import decode_completions
 from imagine_opd.leaks.meter import LeakMeter
 from imagine_opd.metrics.step import StepMetrics
 from imagine_opd.privilege import PrivilegeConfig, build_prompts
@@ -59,3 +61,16 @@ def test_empty_batch_and_dropped_completions_leak_nothing(tiny, pairs):
     rollouts, _ = make_rollouts(tiny.processor.tokenizer, ["i see red on the left"] * 3)
     dropped = dataclasses.replace(rollouts, completion_mask_BT=torch.zeros_like(rollouts.completion_mask_BT))
     assert not meter.mark(pairs, dropped).any()
+
+
+def test_no_completions_have_no_texts_even_where_the_tokenizer_makes_one_of_them(tiny):
+    class Older:
+        """As `batch_decode` was up to transformers 5.19 at least."""
+
+        def batch_decode(self, sequences, **kwargs):
+            return tiny.processor.tokenizer.batch_decode(sequences, **kwargs) if sequences else [""]
+
+    metrics, nothing = StepMetrics(), torch.zeros(0, 1)
+    rollouts = Rollouts(nothing.long(), nothing.bool(), nothing)
+    assert LeakMeter(Older(), metrics, 4, None).mark([], rollouts).shape == (0, 1)
+    assert decode_completions(SimpleNamespace(tokenizer=Older()), nothing.long(), nothing.bool()) == []

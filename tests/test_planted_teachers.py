@@ -26,6 +26,7 @@ RUN = {
     "teacher_check_rows": 3,
     "disable_tqdm": True,
     "use_cpu": True,
+    "prefetch_views": False,  # some plants stand where a step's prompts are built
 }
 
 

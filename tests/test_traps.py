@@ -17,6 +17,7 @@ import torch
 from test_trainer import largest_difference, make_trainer, take_micro_batches
 
 from imagine_opd import scoring
+from imagine_opd.compact import expand_pixels
 from imagine_opd.errors import TeacherError
 from imagine_opd.guards.image_identity import refuse_foreign_images
 from imagine_opd.scoring import join_sequences, score_side
@@ -104,7 +105,8 @@ def test_one_row_with_fewer_image_tokens_than_features_does_not_blind_the_batch(
     """A trainer that drops the pixels of the whole batch there goes on, and learns blind."""
     rows = make_rows(4)
     rows[1] = dataclasses.replace(rows[1], images=(rows[1].images[0][:200],), source="data.jsonl:2")
-    trainer = make_trainer(tiny, rows, tmp_path, teacher_checks=True, teacher_check_rows=4, max_steps=1)
+    plain = {"prefetch_views": False, "share_vision_features": False}
+    trainer = make_trainer(tiny, rows, tmp_path, teacher_checks=True, teacher_check_rows=4, max_steps=1, **plain)
     batch, total = take_one(trainer, rows)
     assert [row.id for row in batch.rows] == [rows[index].id for index in (0, 2, 3)]
     seen = []
@@ -113,7 +115,8 @@ def test_one_row_with_fewer_image_tokens_than_features_does_not_blind_the_batch(
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=total)
     for side, inputs in zip(("teacher", "student"), seen, strict=True):
         views = [getattr(trainer.builder.build_pairs([rows[index]])[0], side).view for index in (0, 2, 3)]
-        assert np.array_equal(inputs["pixel_values"].numpy(), np.concatenate([view.pixel_values for view in views]))
+        pixels = expand_pixels(np.concatenate([view.pixel_values for view in views]), trainer.view_config)
+        assert torch.equal(inputs["pixel_values"], pixels)
 
     exact = trainer.builder.build_pairs
 
@@ -314,6 +317,7 @@ def test_images_stay_with_their_rows_in_buffered_batches(tiny, make_rows, tmp_pa
     rows = make_rows(7)
     rows[2] = dataclasses.replace(rows[2], images=(rows[2].images[0][:200],), source="data.jsonl:3")
     fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_generations": 2}
+    fields["share_vision_features"] = False
     trainer = make_trainer(tiny, rows, tmp_path, generation_batch_size=5, temperature=1.5, **fields)
     asked, seen = [], []
     generate = trainer.engine.generate
@@ -338,7 +342,7 @@ def test_images_stay_with_their_rows_in_buffered_batches(tiny, make_rows, tmp_pa
             assert torch.equal(batch.rollouts.completion_ids_BT[place, :length], alone.completion_ids_BT[0, :length])
             pixels.append(own.teacher.view.pixel_values)
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=total)
-        assert np.array_equal(seen[-1]["pixel_values"].numpy(), np.concatenate(pixels))
+        assert torch.equal(seen[-1]["pixel_values"], expand_pixels(np.concatenate(pixels), trainer.view_config))
     pairs = [pair for batch in micro_batches for pair in batch.prompts]
     refuse_foreign_images(shown, pairs, trainer.builder.build_pairs)
     views = [pair.teacher.view for pair in pairs]

@@ -37,6 +37,7 @@ class Adapter:
     feature_token: the token whose place a feature takes. other_tokens: those that stand for vision too, in an
     expansion or for a video. None of them is ever sampled.
     split: the tiling switch that the processor passes at each call; `None`: as its image processor says.
+    shares_features: an image has the same features whatever else its prompt shows (`vision_features`).
     write_budget: puts a pixel budget into the processor that is saved with the model; `None`: the family has none.
     """
 
@@ -50,6 +51,7 @@ class Adapter:
     feature_token: Callable[[Any], str] = attrgetter("image_token")
     other_tokens: Callable[[Any], Sequence[str | None]] = lambda processor: ()
     split: bool | None = None
+    shares_features: bool = True
     write_budget: Callable[[Any, ViewConfig], None] | None = None
 
 
@@ -288,6 +290,7 @@ for _adapter in (
         join=_join_llava_onevision,
         count_features=_count_llava,
         other_tokens=_name_llava,
+        shares_features=False,
     ),
     Adapter(
         family="llava_next",

@@ -6,7 +6,9 @@ processes: one process with a batch of 4 and two with 2 sample the same completi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,9 @@ from imagine_opd.settings import make_privilege_config, make_sampling_config
 from imagine_opd.types import PromptPair, Rollouts, Row, ViewConfig, ViewError
 
 # B completions, T completion tokens, N kept response tokens, D hidden
+
+MadeAhead = tuple[list[PromptPair | ViewError], float]
+"""Prompts made in a thread, and the seconds it took."""
 
 _MOST_EMPTY_STEPS = 10
 _SPARE_SEARCH = 64
@@ -88,20 +93,21 @@ class BatchBuilder:
         self.sampling = make_sampling_config(args)
         self.leak_meter = LeakMeter(processor.tokenizer, metrics, args.leak_ngram, args.leak_phrases)
         self.spare_rows = spare_rows
+        self._own_processor = copy.deepcopy(processor)  # a tokenizer serves one thread at a time
         self._spare: tuple[Row, PromptPair] | None = None
         self._empty_steps = 0
 
     def build(
-        self, model: Any, batches: Sequence[Sequence[Row]], step: int
+        self, model: Any, batches: Sequence[Sequence[Row]], step: int, made: Future[MadeAhead] | None = None
     ) -> tuple[list[MicroBatch], Rollouts, torch.Tensor]:
         """The micro-batches, all their rollouts, and the sum of token weights over all processes.
 
         A micro-batch none of whose rows can be used holds a spare row of weight 0: every process goes through the
-        same forwards, whatever its rows.
+        same forwards, whatever its rows. `made`: what `build_ahead` makes of the rows, in a thread.
         """
         rows = [row for batch in batches for row in batch]
         places = self._find_places([len(batch) for batch in batches])
-        pairs = self.build_pairs(rows)
+        pairs = self.build_pairs(rows) if made is None else self.take_pairs(rows, made)
         kept = [index for index, pair in enumerate(pairs) if pair is not None]
         copies = self.args.num_generations
         prompts = [pair.student for pair in pairs if pair is not None for _ in range(copies)]
@@ -133,7 +139,7 @@ class BatchBuilder:
                 )
                 self._spare = self._spare or found[0]
             else:
-                micro_batches.append(self._make_spare_batch(rollouts))
+                micro_batches.append(self._make_spare_batch())
             start, begin = start + len(batch), part.stop
         total = torch.tensor(sum_over_ranks({"weights": float(weights_BT.sum())})["weights"])
         return micro_batches, rollouts, total
@@ -141,19 +147,39 @@ class BatchBuilder:
     def build_pairs(self, rows: Sequence[Row]) -> list[PromptPair | None]:
         """Both prompts of each row; `None` where views or text failed, counted and said once a row."""
         with self.metrics.stage("views"):
-            pairs: list[PromptPair | None] = []
-            for pair in self._build_pairs(rows):
-                if isinstance(pair, ViewError):
-                    self.metrics.add_total(f"rows_dropped/{pair.reason}")
-                    self.say(f"{pair.message} (left out)")
-                    pairs.append(None)
-                else:
-                    pairs.append(pair)
+            found = self._build_pairs(rows)
+        return self._count_failed(found)
+
+    def take_pairs(self, rows: Sequence[Row], made: Future[MadeAhead]) -> list[PromptPair | None]:
+        """The same of rows whose prompts a thread makes: waits until it has."""
+        with self.metrics.stage("views"):
+            found, seconds = made.result()
+        self.metrics.add_seconds("views_background", seconds)
+        return self._count_failed(found[: len(rows)])  # a last micro-batch may have been cut since
+
+    def _count_failed(self, found: Sequence[PromptPair | ViewError]) -> list[PromptPair | None]:
+        pairs: list[PromptPair | None] = []
+        for pair in found:
+            if isinstance(pair, ViewError):
+                self.metrics.add_total(f"rows_dropped/{pair.reason}")
+                self.say(f"{pair.message} (left out)")
+                pairs.append(None)
+            else:
+                pairs.append(pair)
         return pairs
 
-    def _build_pairs(self, rows: Sequence[Row]) -> list[PromptPair | ViewError]:
+    def build_ahead(self, rows: Sequence[Row]) -> list[PromptPair | ViewError]:
+        """The prompts of rows that are not due yet; for one thread beside the main one."""
+        return self._build_pairs(rows, self._own_processor)
+
+    def _build_pairs(self, rows: Sequence[Row], processor: Any = None) -> list[PromptPair | ViewError]:
         return build_pairs(
-            rows, self.processor, self.view_config, self.privilege_config, self.student_view, self.teacher_view
+            rows,
+            processor or self.processor,
+            self.view_config,
+            self.privilege_config,
+            self.student_view,
+            self.teacher_view,
         )
 
     def sample(self, model: Any, prompts: Sequence[Any], seeds: Sequence[int]) -> Rollouts:
@@ -174,7 +200,8 @@ class BatchBuilder:
             gather_parameters(model) as gathered,
         ):
             parts = [self.engine.generate(gathered, prompts[call], self.sampling, seeds[call]) for call in calls]
-        return join_rollouts(parts, self.engine.token_ids.pad, self.accelerator.device)
+        # On the host: what is picked and counted of them from here on then never waits for the device.
+        return join_rollouts(parts, self.engine.token_ids.pad, torch.device("cpu"))
 
     def _reward(self, rows: Sequence[Row], rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         """`distill_B` and `reward_advantages_B` of all completions; nothing without reward functions."""
@@ -183,7 +210,7 @@ class BatchBuilder:
         with self.metrics.stage("reward"):
             texts = decode_completions(self.processor, rollouts.completion_ids_BT, rollouts.completion_mask_BT)
             rewards_B = compute_rewards(self.reward_functions, rows, texts)
-        rewards_B[~rollouts.completion_mask_BT.any(dim=1).cpu()] = torch.nan  # dropped: no part of its group
+        rewards_B[~rollouts.completion_mask_BT.any(dim=1)] = torch.nan  # dropped: no part of its group
         known_B = rewards_B[~rewards_B.isnan()]
         self.metrics.add_mean("reward", float(known_B.sum()), len(known_B))
         advantages_B = normalise_rewards(rewards_B, self.args.num_generations, self.args.scale_rewards)
@@ -191,8 +218,7 @@ class BatchBuilder:
         distill_B = torch.where(won_B & self.args.distill_failures_only, 0.0, 1.0)
         if self.args.distill_failures_only:
             self.metrics.add_mean("reward/failures", float((known_B < self.args.success_reward).sum()), len(known_B))
-        device = rollouts.completion_ids_BT.device
-        return distill_B.to(device), advantages_B.to(device)
+        return distill_B, advantages_B
 
     def _find_places(self, sizes: Sequence[int]) -> list[int]:
         """Each row's place in the step over all processes: micro-batch by micro-batch, then rank by rank."""
@@ -206,10 +232,10 @@ class BatchBuilder:
         if self._empty_steps >= _MOST_EMPTY_STEPS:
             raise RowError(f"no row of the last {_MOST_EMPTY_STEPS} steps could be used; see the messages above")
 
-    def _make_spare_batch(self, rollouts: Rollouts) -> MicroBatch:
+    def _make_spare_batch(self) -> MicroBatch:
         row, pair = self._find_spare()
-        end = torch.tensor([[self.engine.token_ids.eos[0]]], device=rollouts.completion_ids_BT.device)
-        nothing = torch.zeros(1, 1, device=end.device)
+        end = torch.tensor([[self.engine.token_ids.eos[0]]])
+        nothing = torch.zeros(1, 1)
         return MicroBatch(
             (row,), (pair,), Rollouts(end, torch.ones_like(end, dtype=torch.bool), nothing), nothing, is_used=False
         )

@@ -6,6 +6,7 @@ Bytes are an eighth of the float32 patches of the Qwen-VL layout, whose temporal
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from imagine_opd.errors import ConfigError
-from imagine_opd.types import ViewConfig
+from imagine_opd.types import View, ViewConfig
 
 _SAMPLES = {"float32": np.float32, "bfloat16": np.uint16, "uint8": np.uint8}
 
@@ -40,7 +41,7 @@ def expand_pixels(
     samples = torch.from_numpy(pixel_values)
     if config.output == "bfloat16":
         samples = samples.view(torch.bfloat16)
-    samples = samples.to(device)
+    samples = move_to(samples, device)
     if config.output != "uint8":
         return samples.to(dtype)
     frames = samples.reshape(len(samples), 3, math.prod(samples.shape[1:]) // 3)
@@ -60,3 +61,20 @@ def expand_pixels(
         return values.reshape(samples.shape)
     copies = values[:, :, None].expand(-1, -1, config.temporal_patch_size, -1)
     return copies.reshape(len(samples), samples.shape[1] * config.temporal_patch_size)
+
+
+def mirror_pixels(view: View) -> View:
+    """The view with every pixel on the other side of grey: values negated, bytes turned round."""
+    pixels = view.pixel_values
+    if pixels.dtype == np.uint8:
+        return replace(view, pixel_values=255 - pixels)
+    if pixels.dtype == np.uint16:  # bfloat16: its sign bit
+        return replace(view, pixel_values=pixels ^ np.uint16(0x8000))
+    return replace(view, pixel_values=-pixels)
+
+
+def move_to(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    """The tensor on `device`. To a GPU it goes through pinned memory, without the host waiting for it."""
+    if device is None or torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

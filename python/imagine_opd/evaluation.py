@@ -56,6 +56,18 @@ class EvalResult:
     def __getitem__(self, mode: str) -> ModeResult:
         return self.modes[mode]
 
+    def list_figures(self, mode: str) -> dict[str, float]:
+        """A mode's figures by the names they have in a log."""
+        found = self.modes[mode]
+        return {
+            "accuracy": found.accuracy,
+            "rows": float(found.rows),
+            "left_out": float(self.left_out),
+            "unparsed": float(found.unparsed),
+            "mean_tokens": found.mean_tokens,
+            "runtime": found.seconds,
+        }
+
 
 def evaluate_model(
     model: Any,
@@ -119,6 +131,8 @@ def answer_prompts(
 
 def decode_completions(processor: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> list[str]:
     """The completions as text, special tokens left out."""
+    if not len(ids_BT):
+        return []
     kept = [ids_T[mask_T].tolist() for ids_T, mask_T in zip(ids_BT.cpu(), mask_BT.cpu().bool(), strict=True)]
     return [str(text) for text in processor.tokenizer.batch_decode(kept, skip_special_tokens=True)]
 

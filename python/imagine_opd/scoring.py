@@ -12,10 +12,12 @@ from typing import Any, Protocol
 
 import torch
 
+from imagine_opd.compact import move_to
 from imagine_opd.models import fit_inputs, get_body, get_device
 from imagine_opd.packing import find_starts, pack_inputs
-from imagine_opd.rollout.hf import join_pixels
+from imagine_opd.pixel_inputs import join_pixels
 from imagine_opd.types import Prompt, PromptPair, Rollouts, Scores
+from imagine_opd.vision_features import VisionFeatures, supplying
 
 # B rows, L sequence tokens, P tokens of a packed row, T completion tokens, N kept response tokens, D hidden
 
@@ -35,16 +37,16 @@ def score_teacher(
     active_BT: torch.Tensor,
     pad_id: int,
     neutral: bool = False,
-    *,
+    features: VisionFeatures | None = None,
     packed: bool = False,
 ) -> torch.Tensor:
     """`[N, D]` hidden states of the teacher under its own view, or under the one with neutral evidence, without
     gradient."""
     prompts = [pair.neutral if neutral else pair.teacher for pair in batch.prompts]
     assert all(prompts), "a prompt was built without its neutral pass"
-    with torch.no_grad():
-        shown = [prompt for prompt in prompts if prompt is not None]
-        return score_side(teacher, shown, batch.rollouts, active_BT, pad_id, packed=packed)
+    shown = [prompt for prompt in prompts if prompt is not None]
+    with torch.no_grad(), supplying(features, get_body(teacher), shown, "teacher"):
+        return score_side(teacher, shown, batch.rollouts, active_BT, pad_id, features is None, packed)
 
 
 def score_student(
@@ -53,7 +55,7 @@ def score_student(
     batch: ScoredBatch,
     active_BT: torch.Tensor,
     pad_id: int,
-    *,
+    features: VisionFeatures | None = None,
     packed: bool = False,
 ) -> Scores:
     """Both sides at the tokens where `active_BT` is set: the student's hidden states with gradient, and the teacher's.
@@ -62,15 +64,17 @@ def score_student(
     """
     rollouts = batch.rollouts
     prompts = [pair.student for pair in batch.prompts]
-    student_hidden_ND = score_side(student, prompts, rollouts, active_BT, pad_id, packed=packed)
+    with supplying(features, get_body(student), prompts, "student"):
+        student_hidden_ND = score_side(student, prompts, rollouts, active_BT, pad_id, features is None, packed)
     row_N, position_N = active_BT.nonzero(as_tuple=True)
+    device = student_hidden_ND.device
     return Scores(
         student_hidden_ND=student_hidden_ND,
         teacher_hidden_ND=teacher_hidden_ND,
-        token_ids_N=rollouts.completion_ids_BT[active_BT],
-        sampling_logprobs_N=rollouts.sampling_logprobs_BT[active_BT],
-        row_N=row_N,
-        position_N=position_N,
+        token_ids_N=move_to(rollouts.completion_ids_BT[active_BT], device),
+        sampling_logprobs_N=move_to(rollouts.sampling_logprobs_BT[active_BT], device),
+        row_N=move_to(row_N, device),
+        position_N=move_to(position_N, device),
     )
 
 
@@ -80,29 +84,29 @@ def score_side(
     rollouts: Rollouts,
     active_BT: torch.Tensor,
     pad_id: int,
-    *,
+    with_pixels: bool = True,
     packed: bool = False,
 ) -> torch.Tensor:
     """`[N, D]` hidden states of one side at the active response tokens, in row order then token order.
 
-    packed: the sequences go through the model as one row without padding.
+    `with_pixels=False`: around the call the features of the images are supplied (`vision_features`). packed: the
+    sequences go through the model as one row without padding.
     """
     device = get_device(model)
     body = get_body(model)
-    inputs = fit_inputs(body, join_sequences(prompts, rollouts, pad_id, device))
-    starts_B = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
-    row_N, position_N = active_BT.to(device).nonzero(as_tuple=True)
+    inputs = fit_inputs(body, join_sequences(prompts, rollouts, pad_id, device, with_pixels))
+    row_N, position_N = active_BT.nonzero(as_tuple=True)
+    starts_B = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=row_N.device)
+    place_N = starts_B[row_N] + position_N - 1
     if packed:
-        starts_B = starts_B + find_starts(inputs["attention_mask"])
-        inputs = pack_inputs(body, inputs)
-        hidden_1PD: torch.Tensor = body(**inputs, use_cache=False).last_hidden_state
-        return hidden_1PD[0, starts_B[row_N] + position_N - 1]
+        place_N = place_N + find_starts(inputs["attention_mask"]).to(place_N.device)[row_N]
+        row_N, inputs = torch.zeros_like(row_N), pack_inputs(body, inputs)
     hidden_BLD: torch.Tensor = body(**inputs, use_cache=False).last_hidden_state
-    return hidden_BLD[row_N, starts_B[row_N] + position_N - 1]
+    return hidden_BLD[move_to(row_N, device), move_to(place_N, device)]
 
 
 def join_sequences(
-    prompts: Sequence[Prompt], rollouts: Rollouts, pad_id: int, device: torch.device
+    prompts: Sequence[Prompt], rollouts: Rollouts, pad_id: int, device: torch.device, with_pixels: bool = True
 ) -> dict[str, torch.Tensor]:
     """Model inputs of one side: prompt then completion, padded on the right, with that side's pixels."""
     completion_ids_BT = rollouts.completion_ids_BT.cpu()
@@ -118,5 +122,7 @@ def join_sequences(
         attention_BL[row, :size] = 1
         types_BL[row, :start] = torch.tensor(prompt.mm_token_type_ids)
     inputs = {"input_ids": ids_BL, "attention_mask": attention_BL, "mm_token_type_ids": types_BL}
-    inputs.update(join_pixels(prompts))
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return {
+        **{name: move_to(tensor, device) for name, tensor in inputs.items()},
+        **join_pixels(prompts, device, in_full=with_pixels),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from imagine_opd.adapters import find_adapter
@@ -19,7 +20,7 @@ _CROPS = ("box_margin", "min_crop_px", "merge_overlap", "reading_order", "highli
 
 def make_view_config(processor: Any, args: ImagineOPDConfig, *, training: bool = False) -> ViewConfig:
     """The processor's image settings with the config's own where it has some; the student's image is degraded in
-    `training` only."""
+    `training` only, and there the patches of the Qwen-VL layout are bytes, which the device normalises."""
     overrides = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
     if training:
         overrides |= {"student_scale": args.student_scale, "student_blur_px": args.student_blur_px}
@@ -44,6 +45,8 @@ def make_view_config(processor: Any, args: ImagineOPDConfig, *, training: bool =
         max_image_pixels=args.max_image_pixels,
         num_threads=args.view_threads,
     )
+    if training and config.tiling is None:  # other families fill up with frames of normalised zeros
+        config = dataclasses.replace(config, output="uint8")
     if config.tiling is not None and (ignored := [name for name in _BUDGETS if name in overrides]):
         raise ConfigError(
             f"{ignored[0]}={overrides[ignored[0]]}: {type(processor.image_processor).__name__} cuts images into frames "

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from imagine_opd.batches import MicroBatch
+from imagine_opd.compact import move_to
 from imagine_opd.kernels import OutputHead
 from imagine_opd.loss import ObjectiveConfig, measure_advantages, shape_advantages
 from imagine_opd.parallel import sum_tensor_over_ranks
@@ -40,14 +41,14 @@ def add_step_advantages(
         active_BT = batch.weights_BT > 0
         teacher_hidden_ND, neutral_hidden_ND = score_teacher(batch)
         ids_N, sampling_logprobs_N = (
-            values_BT[active_BT].to(device)
+            move_to(values_BT[active_BT], device)
             for values_BT in (batch.rollouts.completion_ids_BT, batch.rollouts.sampling_logprobs_BT)
         )
         advantages.append(
             measure_advantages(teacher_hidden_ND, teacher_head, ids_N, sampling_logprobs_N, config, neutral_hidden_ND)
         )
-        weights.append(batch.weights_BT[active_BT].to(device))
-        positions.append(active_BT.nonzero()[:, 1].to(device))
+        weights.append(move_to(batch.weights_BT[active_BT], device))
+        positions.append(move_to(active_BT.nonzero()[:, 1], device))
         scored.append(replace(batch, teacher_hidden_ND=teacher_hidden_ND, neutral_hidden_ND=neutral_hidden_ND))
     shaped = shape_advantages(advantages, weights, positions, config, max_positions, sum_tensor_over_ranks, device)
     return [replace(batch, advantages_N=part_N) for batch, part_N in zip(scored, shaped, strict=True)]

@@ -10,28 +10,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import ProgressCallback
 
-from imagine_opd.adapters import write_budget
+from imagine_opd.adapters import find_adapter, write_budget
 from imagine_opd.batches import BatchBuilder, MicroBatch
 from imagine_opd.callbacks import (
     RunFolderCallback,
     StepProgressCallback,
     TeacherUpdateCallback,
 )
-from imagine_opd.checkpoints import SafeSaving
-from imagine_opd.config import ImagineOPDConfig, save_recipe
+from imagine_opd.compact import move_to
+from imagine_opd.config import ImagineOPDConfig
 from imagine_opd.errors import ConfigError
 from imagine_opd.evaluation import evaluate_model
 from imagine_opd.guards import RunGuards
+from imagine_opd.lookahead import Lookahead
 from imagine_opd.loss import Objective, ObjectiveConfig, objective
-from imagine_opd.metrics import StepMetrics
+from imagine_opd.metrics import StepMetrics, describe_times, make_clock
 from imagine_opd.micro_batches import plan_parts, score_parts, step_parts
 from imagine_opd.models import (
     get_head,
@@ -42,7 +41,6 @@ from imagine_opd.models import (
     read_token_ids,
     run_inside,
 )
-from imagine_opd.outputs import guard_writing
 from imagine_opd.packing import refuse_unpackable
 from imagine_opd.parallel import (
     count_own_rows,
@@ -54,6 +52,7 @@ from imagine_opd.parallel import (
     shard_like,
 )
 from imagine_opd.privilege import ViewFunction
+from imagine_opd.recording import RecordedTrainer
 from imagine_opd.rewards import read_reward_functions
 from imagine_opd.rollout import HFEngine
 from imagine_opd.run_checks import refuse_bad_run, refuse_idle_rewards, refuse_own_folder
@@ -61,11 +60,12 @@ from imagine_opd.run_plan import plan_run, settle_placement
 from imagine_opd.scoring import score_student, score_teacher
 from imagine_opd.settings import make_view_config
 from imagine_opd.step_advantages import add_step_advantages
-from imagine_opd.teacher import MOVING_TEACHER, TeacherReport, build_teacher, refuse_unmergeable, replace_adapter
+from imagine_opd.teacher import MOVING_TEACHER, TeacherReport, build_teacher, refuse_unmergeable
 from imagine_opd.types import Row
+from imagine_opd.vision_features import VisionFeatures, make_vision_features
 
 
-class ImagineOPDTrainer(SafeSaving):
+class ImagineOPDTrainer(RecordedTrainer):
     """A `transformers.Trainer` for Imagine-OPD. Optimizer, schedule, checkpoints and callbacks are the Trainer's.
 
     Args:
@@ -116,7 +116,6 @@ class ImagineOPDTrainer(SafeSaving):
             **{name: getattr(args, name) for name in ObjectiveConfig.__dataclass_fields__}
         )
         self.token_ids = read_token_ids(student, self.processor)
-        self.engine = HFEngine(self.token_ids)
         with gather_parameters(student):  # ZeRO-3 splits it while it is loaded
             self.run_plan = plan_run(
                 student, args, self.processor, self.view_config, train_dataset, teacher, student_view, teacher_view
@@ -132,9 +131,13 @@ class ImagineOPDTrainer(SafeSaving):
                 update_rate=args.teacher_update_rate,
                 sync_steps=args.teacher_sync_steps,
             )
+            self.features: VisionFeatures | None = None
+            if args.share_vision_features:
+                tower = self.teacher.list_tower(student)
+                self.features = make_vision_features(student, find_adapter(self.processor).family, tower)
+        self.engine = HFEngine(self.token_ids, self.features, args.share_prefill)
         self.teacher_report: TeacherReport | None = None
-        self.step_metrics = StepMetrics(torch.cuda.synchronize if args.device.type == "cuda" else lambda: None)
-        self._messages: set[str] = set()
+        self.step_metrics = StepMetrics(make_clock(args.device))
         self._checks_wait = False
         self.has_moved = False
         super().__init__(
@@ -169,6 +172,9 @@ class ImagineOPDTrainer(SafeSaving):
             self.run_plan.advise_weights() if self.run_plan is not None else (),
         )
         self.guards = RunGuards(self, self.builder, self.teacher)
+        self.lookahead = Lookahead(
+            self.builder.build_ahead, lambda: self.accelerator.gradient_state.end_of_dataloader, args.prefetch_views
+        )
         for callback in self.guards.make_callbacks():
             self.add_callback(callback)
         if not args.disable_tqdm:
@@ -190,15 +196,21 @@ class ImagineOPDTrainer(SafeSaving):
     ) -> tuple[list[MicroBatch], torch.Tensor]:
         """The next micro-batches with their rollouts, and the number of tokens in the step's loss."""
         self.step_metrics.start_step()
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        size, rank, ranks = self.args.train_batch_size, self.args.process_index, self.args.world_size
-        if ranks > 1 and self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
-            batches[-1] = batches[-1][: count_own_rows(len(self.train_dataset), size, rank, ranks)]
-        micro_batches, rollouts, total = self.builder.build(self.model_wrapped, batches, self.state.global_step)
+        if self.features is not None:
+            self.features.start_step()
+        more = self.state.global_step + 1 < self.state.max_steps
+        rows = self.lookahead.take(epoch_iterator, num_batches, more)
+        batches, size, args = rows.batches, self.args.train_batch_size, self.args
+        if args.world_size > 1 and rows.is_last and not args.dataloader_drop_last:
+            own = count_own_rows(len(self.train_dataset), size, args.process_index, args.world_size)
+            batches[-1] = batches[-1][:own]
+        step = self.state.global_step
+        micro_batches, rollouts, total = self.builder.build(self.model_wrapped, batches, step, rows.made)
         self.guards.note_rollouts(micro_batches, rollouts, self.state.global_step + 1)
         micro_batches = plan_parts(micro_batches, self.args, self.say_here)
         if self.objective_config.shapes_advantages:
-            with self.accelerator.autocast(), self.teacher.open_head(self.model_wrapped) as teacher_head:
+            stage = self.step_metrics.stage("advantages")
+            with stage, self.accelerator.autocast(), self.teacher.open_head(self.model_wrapped) as teacher_head:
                 micro_batches = add_step_advantages(
                     micro_batches,
                     lambda batch: score_parts(batch, lambda part: self._score_teacher(self.model_wrapped, part)),
@@ -207,7 +219,7 @@ class ImagineOPDTrainer(SafeSaving):
                     self.args.max_completion_length,
                     self.args.device,
                 )
-        return micro_batches, total.to(device)
+        return micro_batches, total  # on the host, where it is needed as a number
 
     # scores -> loss, for one micro-batch
 
@@ -222,6 +234,7 @@ class ImagineOPDTrainer(SafeSaving):
         # The student's body, the head and the loss run inside the model's forward, where DDP and FSDP2 expect them.
         # Autocast here: the Trainer's own covers `forward` as it was, not what runs inside.
         active_BT = inputs.weights_BT > 0
+        row_N, device = active_BT.nonzero(as_tuple=True)[0], self.args.device
         stage = self.step_metrics.stage
         with self.accelerator.autocast():
             teacher_hidden_ND, neutral_hidden_ND = inputs.teacher_hidden_ND, inputs.neutral_hidden_ND
@@ -233,15 +246,15 @@ class ImagineOPDTrainer(SafeSaving):
             def compute(student: Any) -> torch.Tensor:
                 with stage("student"):
                     pad_id, packed = self.token_ids.pad, self.args.padding_free
-                    scores = score_student(student, teacher_hidden_ND, inputs, active_BT, pad_id, packed=packed)
+                    scores = score_student(student, teacher_hidden_ND, inputs, active_BT, pad_id, self.features, packed)
                     scores = dataclasses.replace(
                         scores,
-                        weights_N=inputs.weights_BT[active_BT],
+                        weights_N=move_to(inputs.weights_BT[active_BT], device),
                         neutral_hidden_ND=neutral_hidden_ND,
                         advantages_N=inputs.advantages_N,
-                        distill_N=pick_rows(inputs.distill_B, scores.row_N),
-                        reward_advantages_N=pick_rows(inputs.reward_advantages_B, scores.row_N),
-                        leaked_N=inputs.leaked_BT[active_BT] if inputs.leaked_BT is not None else None,
+                        distill_N=pick_tokens(inputs.distill_B, row_N, device),
+                        reward_advantages_N=pick_tokens(inputs.reward_advantages_B, row_N, device),
+                        leaked_N=pick_tokens(inputs.leaked_BT, active_BT, device),
                     )
                 with stage("loss"):
                     results.append(objective(scores, get_head(student), teacher_head, self.objective_config))
@@ -255,17 +268,19 @@ class ImagineOPDTrainer(SafeSaving):
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = loss_sum * (ranks / max(float(total), 1e-8))
         self.guards.note_objective(inputs, active_BT, results[0])
+        self.step_metrics.begin("backward")
         return (loss, results[0]) if return_outputs else loss
 
     def _score_teacher(self, model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The teacher's hidden states with the evidence and, for a contrast, with neutral evidence."""
-        active_BT, pad_id, packed = batch.weights_BT > 0, self.token_ids.pad, self.args.padding_free
+        active_BT, pad_id = batch.weights_BT > 0, self.token_ids.pad
+        features, packed = self.features, self.args.padding_free
 
         def compute(teacher: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-            hidden_ND = score_teacher(teacher, batch, active_BT, pad_id, packed=packed)
+            hidden_ND = score_teacher(teacher, batch, active_BT, pad_id, False, features, packed)
             if self.view_config.neutral == "none":
                 return hidden_ND, None
-            return hidden_ND, score_teacher(teacher, batch, active_BT, pad_id, neutral=True, packed=packed)
+            return hidden_ND, score_teacher(teacher, batch, active_BT, pad_id, True, features, packed)
 
         # Here too: with step advantages the teacher runs before the step, outside of `training_step`.
         with self.guards.explained_batch(batch), self.step_metrics.stage("teacher"):
@@ -277,22 +292,14 @@ class ImagineOPDTrainer(SafeSaving):
         def step(part: MicroBatch) -> torch.Tensor:
             with self.guards.explained_batch(part):
                 loss: torch.Tensor = super(ImagineOPDTrainer, self).training_step(model, part, num_items_in_batch)
+            self.step_metrics.finish("backward")
             return loss
 
         with self.step_metrics.stage("step"):
             loss = step_parts(self.accelerator, model, inputs, step)
             self.guards.settle_step(model, self.optimizer, loss, inputs)
+        self.step_metrics.begin("update")  # ends with the step
         return loss
-
-    def _track_num_input_tokens(self, inputs: MicroBatch) -> None:
-        """Nothing: all of a step's tokens were counted with its rollouts."""
-
-    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        return inputs
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """0: a micro-batch holds two views of different lengths; the Trainer's estimate would be wrong."""
-        return 0
 
     # before, during, after
 
@@ -306,11 +313,19 @@ class ImagineOPDTrainer(SafeSaving):
         self.has_moved = self.has_moved or checkpoint is not None or self.state.global_step > 0
         if not self._checks_wait:
             self.check_before_training()
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            self.lookahead.close()
+        if times := describe_times(self.step_metrics.run_seconds, self.step_metrics.run_steps):
+            self.say_once(times)
+        return output
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         splits = is_sharded(self.model_wrapped)
+        if splits:  # a forward of the whole model brings its weights together, none of the tower alone does
+            self.features = self.engine.features = None
         self.teacher.prepare(
             self.args.device, (lambda module: shard_like(module, self.model_wrapped)) if splits else None
         )
@@ -360,16 +375,7 @@ class ImagineOPDTrainer(SafeSaving):
                 self.args.eval_batch_size,
                 shared=True,
             )
-        found = result["imagine"]
-        figures = {
-            "accuracy": found.accuracy,
-            "rows": float(found.rows),
-            "left_out": float(result.left_out),
-            "unparsed": float(found.unparsed),
-            "mean_tokens": found.mean_tokens,
-            "runtime": found.seconds,
-        }
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.list_figures("imagine").items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -380,32 +386,7 @@ class ImagineOPDTrainer(SafeSaving):
             logs = {**logs, **self.step_metrics.drain(gather_figures)}
         super().log(logs, start_time)
 
-    def say_once(self, message: str) -> None:
-        """A line for the user about the run: from the main process, each text once."""
-        if self.is_world_process_zero():
-            self.say_here(message)
 
-    def say_here(self, message: str) -> None:
-        """A line for the user about this process's rows, each text once."""
-        if message not in self._messages:
-            self._messages.add(message)
-            print(message, flush=True)
-
-    def save_merged_model(self) -> None:
-        """Write the model with its adapter merged in the place of the adapter that `save_model` wrote."""
-        folder = Path(self.args.output_dir)
-        with guard_writing(folder, "the merged model"):
-            replace_adapter(self.accelerator.unwrap_model(self.model), folder, self.args.should_save)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        if self.args.should_save:
-            save_recipe(self.args, folder)
-            # A pickle of our settings: `run.json` and `imagine_opd.json` say the same and can be read safely.
-            (folder / "training_args.bin").unlink(missing_ok=True)
-
-
-def pick_rows(values_B: torch.Tensor | None, row_N: torch.Tensor) -> torch.Tensor | None:
-    """Each token's value of its completion."""
-    return None if values_B is None else values_B[row_N]
+def pick_tokens(values: torch.Tensor | None, index: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """`values[index]` on `device`: each kept token's own value, or that of its completion."""
+    return None if values is None else move_to(values[index], device)

@@ -163,7 +163,8 @@ class View:
     pixel_values: Qwen-VL `[patches, features]`, other families `[frames, 3, side, side]`; float32, or as
     `ViewConfig.output` says. image_grid_thw `[images, 3]` int64 in patches (`[0, 3]` in other families).
     `frame_counts`: patches or frames per image; `tile_grids`: (rows, columns) of patches or tiles, (0, 0) for an image
-    that is one frame; `source_sizes`: (width, height) in pixels of what each image was made from.
+    that is one frame; `source_sizes`: (width, height) in pixels of what each image was made from. `config`: of pixels
+    that are not float32, by which `compact.expand_pixels` normalises them.
     """
 
     pixel_values: np.ndarray[Any, np.dtype[Any]]
@@ -171,6 +172,7 @@ class View:
     frame_counts: tuple[int, ...] = ()
     tile_grids: tuple[tuple[int, int], ...] = ()
     source_sizes: tuple[tuple[int, int], ...] = ()
+    config: ViewConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -318,6 +318,7 @@ def _build_views(
             frame_counts=tuple(frames for frames, _, _ in views[first:last]),
             tile_grids=tuple(grids),
             source_sizes=tuple(source_sizes[: last - first]),
+            config=None if config.output == "float32" else config,
         )
 
     return RowViews(

@@ -30,6 +30,7 @@ from imagine_opd.kernels import launches_triton as launches
 from imagine_opd.kernels import tuning
 from imagine_opd.kernels.arguments_triton import COMPILE_OPTIONS
 from imagine_opd.kernels.linear import LinearPlan, Side
+from imagine_opd.kernels.slabs import SLAB_COLUMNS
 from imagine_opd.kernels.types import STATE_ROWS, TABLE_ROWS, Logits, StatsSpec
 
 CAPABILITIES = (90, 80)
@@ -150,6 +151,11 @@ def list_variants() -> Iterator[tuple[str, Callable[[], object]]]:
             ),
         )
         yield f"{TYPES[dtype]} split", lambda s=s: launch_split(s, ids)
+        slab = Logits(empty(ROWS, SLAB_COLUMNS, dtype=dtype))
+        yield (
+            f"{TYPES[dtype]} slab",
+            lambda s=slab: launches.compute_state(s, s, ids, StatsSpec(), SLAB_COLUMNS, SLAB_COLUMNS),
+        )
         plan = LinearPlan(StatsSpec(), "triton", VOCABULARY, VOCABULARY, 1, "float32", "bfloat16", "bfloat16")
         side = Side(empty(ROWS, HIDDEN, dtype=dtype), empty(VOCABULARY, HIDDEN, dtype=dtype), None, 1.0, 0.0)
         yield (

@@ -34,7 +34,7 @@ from linear_cases import (
 )
 from torch import Tensor
 
-from imagine_opd.kernels import OutputHead, StatsOptions, TokenStats, linear_token_stats
+from imagine_opd.kernels import OutputHead, StatsOptions, TokenStats, linear, linear_token_stats, slabs
 from imagine_opd.loss.objective import ObjectiveConfig, clip_policy_loss
 
 INF, NAN = math.inf, math.nan
@@ -57,6 +57,55 @@ def test_every_chunking_equals_the_formula(through: str, arguments: dict[str, An
 @pytest.mark.parametrize("arguments", [{"chunk_rows": 11}, SLABBED], ids=["chunks", "slabs"])
 def test_more_rows_and_tiles_than_one_program_takes(arguments: dict[str, Any], backend: str) -> None:
     assert_equals_formula(make_case(rows=18, vocabulary=600), backend, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_chunks_that_share_one_product_with_the_head_equal_the_formula(
+    dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Groups of three chunks of two rows, of which the last is cut; rows without a gradient close a group early.
+    monkeypatch.setattr(linear, "choose_heights", lambda *_: (2, 6 if dtype == torch.float32 else 2))
+    products: list[int] = []
+    add = linear.add_gradients
+    monkeypatch.setattr(
+        linear, "add_gradients", lambda *args, **flags: (products.append(len(args[3])), add(*args, **flags))[1]
+    )
+    assert_equals_formula(make_case(rows=11, dtype=dtype), backend, through="row_loss")
+    assert products == ([6, 5] if dtype == torch.float32 else [2, 2, 2, 2, 2, 1])
+
+
+def test_a_chunk_without_a_gradient_between_others_leaves_theirs_whole(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(rows=7)
+    chunks = iter([True, False, True, True])
+
+    def weigh_some(stats: TokenStats, weights_C: torch.Tensor) -> torch.Tensor:
+        # A constant has no gradient in the statistics: such a chunk is passed over.
+        return weights_C * stats.reverse_kl_N if next(chunks) else torch.zeros_like(weights_C)
+
+    def find_gradients(heights: tuple[int, int], row_loss: Any, weights_N: torch.Tensor) -> list[torch.Tensor]:
+        monkeypatch.setattr(linear, "choose_heights", lambda *_: heights)
+        hidden_ND, weight_VD = (x.clone().requires_grad_() for x in (case.hidden_ND, case.head.weight_VD))
+        stats = linear_token_stats(
+            hidden_ND, weight_VD, case.teacher_hidden_NE, case.teacher_head, case.token_ids_N, row_loss,
+            row_inputs=(weights_N,), backend=backend,
+        )  # fmt: skip
+        return list(torch.autograd.grad(stats.loss, (hidden_ND, weight_VD)))
+
+    weights_N = case.weights_N.clone()
+    found = find_gradients((2, 6), weigh_some, weights_N)
+    weights_N[2:4] = 0.0
+    wanted = find_gradients((7, 7), lambda stats, weights_C: weights_C * stats.reverse_kl_N, weights_N)
+    assert max(float(value.abs().max()) for value in wanted) > 1e-3
+    for value, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{}, {"options": StatsOptions(forward_kl=True)}], ids=["plain", "forward_kl"])
+def test_kernel_from_hidden_states_equals_the_formula(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "USES_HEAD_KERNEL", True)
+    assert_equals_formula(make_case(rows=18, vocabulary=300, **fields), "triton", through="row_loss", **SLABBED)
 
 
 @ways

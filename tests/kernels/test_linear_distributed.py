@@ -140,8 +140,39 @@ def test_chunks_fill_waves_of_132_multiprocessors(
     with tuning.override(tuning.Tuning()):
         assert tuning.choose_chunk_rows(rows, hidden, row_bytes, False, device) == expected
     with tuning.override(tuning.Tuning(chunk_rows={"2560": 640, "2560+dW": 1 << 20})):
-        assert tuning.choose_chunk_rows(8192, 2560, row_bytes, False, device) == 640  # measured
-        assert tuning.choose_chunk_rows(8192, 2560, row_bytes, True, device) == 1664  # as memory allows
+        measured = {"is_measured": True}
+        assert tuning.choose_chunk_rows(8192, 2560, row_bytes, False, device, **measured) == 640
+        assert tuning.choose_chunk_rows(8192, 2560, row_bytes, True, device, **measured) == 1664  # as memory allows
+        assert tuning.choose_chunk_rows(8192, 2560, row_bytes, False, device) == 1664  # measured with other buffers
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "expected"),
+    [
+        # Two groups in 3 GiB with the sum's 742 MiB: 6 chunks of 768 rows each (890 MiB), gradients of 4608 (1,335).
+        (8192, 2560, (768, 4608)),
+        (8192, 4096, (512, 4096)),  # the sum takes 1,187 MiB
+        (2000, 2560, (1024, 2048)),
+        (300, 2560, (384, 384)),
+        (65536, 2560, (640, 5120)),
+        (0, 2560, None),
+    ],
+)
+def test_gradients_of_several_chunks_wait_for_one_product_with_a_trained_head(
+    rows: int, hidden: int, expected: tuple[int, int] | None
+) -> None:
+    columns = 151936
+    found = tuning.choose_group(rows, columns * 8, columns * 2, columns * hidden * 2)
+    assert found == expected
+    if found is not None:
+        chunk, group = found
+        assert group % chunk == 0
+        held = chunk * columns * 8 + min(group, rows) * columns * 2 + columns * hidden * 2
+        assert held <= 3 * 2**30
+
+
+def test_no_group_where_the_heads_sum_leaves_no_room() -> None:
+    assert tuning.choose_group(8192, 8 * 151936, 2 * 151936, 3 * 2**30 - 2**28) is None
 
 
 @pytest.mark.parametrize("through", ["row_loss", "statistics"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ class RunGuards:
         self.record: TeacherRecord | None = None
         self.probe: PrivilegeProbe | None = None
         self.vocabulary_size = 0
+        self._noted: list[tuple[MicroBatch, torch.Tensor, Objective]] = []
 
     def make_callbacks(self) -> list[TrainerCallback]:
         """What the Trainer must call."""
@@ -196,6 +198,7 @@ class RunGuards:
 
     def note_rollouts(self, micro_batches: Sequence[MicroBatch], rollouts: Rollouts, step: int) -> None:
         """The step's completions: figures, checks, samples. `step` is the number that its log will have."""
+        self._noted.clear()  # of a step that an error ended
         texts = decode_completions(self.builder.processor, rollouts.completion_ids_BT, rollouts.completion_mask_BT)
         count, figures = len(texts), self.metrics
         lengths = rollouts.completion_mask_BT.sum(dim=1).tolist()
@@ -251,15 +254,24 @@ class RunGuards:
         return CompletionSample(row.id or row.source, row.question, row.answer, text, pictures)
 
     def note_objective(self, batch: MicroBatch, active_BT: torch.Tensor, result: Objective) -> None:
-        """A micro-batch's per-token losses and statistics."""
+        """A micro-batch's per-token losses and statistics. They are read at the step's end: until then nothing waits
+        for the device."""
+        self._noted.append((batch, active_BT, result))
+
+    def read_objectives(self) -> None:
+        """Add what was noted since the last call to the log."""
+        noted, self._noted = self._noted, []
+        for batch, active_BT, result in noted:
+            self._read_objective(batch, active_BT, bring_to_host(result))
+
+    def _read_objective(self, batch: MicroBatch, active_BT: torch.Tensor, result: Objective) -> None:
         stats = result.stats
         self._note_means(result)
         row_N, position_N = active_BT.nonzero(as_tuple=True)
         lengths_B = batch.rollouts.completion_mask_BT.sum(dim=1)
         classes_BT = self.classifier.classify(batch.rollouts.completion_ids_BT, batch.rollouts.completion_mask_BT)
-        note_kl(self.metrics, stats.reverse_kl_N, classes_BT[active_BT.cpu()], position_N, lengths_B[row_N])
-        sampled_N = batch.rollouts.sampling_logprobs_BT[active_BT]
-        drift_N = (stats.student_logprob_N.detach() - sampled_N).abs()
+        note_kl(self.metrics, stats.reverse_kl_N, classes_BT[active_BT], position_N, lengths_B[row_N])
+        drift_N = (stats.student_logprob_N - batch.rollouts.sampling_logprobs_BT[active_BT]).abs()
         self.metrics.add_mean("rollout_drift", float(drift_N.sum()), len(drift_N))
 
     def _note_means(self, result: Objective) -> None:
@@ -270,7 +282,7 @@ class RunGuards:
             figures["distillation/teacher_mass"] = stats.teacher_mass_N
         for name, values_N in figures.items():
             assert values_N is not None
-            self.metrics.add_mean(name, float(values_N.detach().sum()), len(values_N))
+            self.metrics.add_mean(name, float(values_N.sum()), len(values_N))
         loss_N, weights_N = result.distillation_loss_N, result.weights_N
         self.metrics.add_mean(DISTILLATION_LOSS, float((weights_N * loss_N).sum()), float(weights_N.sum()))
         if len(loss_N):
@@ -283,6 +295,7 @@ class RunGuards:
             found = self.nonfinite.settle(model, optimizer, self.trainer.state.global_step + 1)
             is_counted = found is not None and self.trainer.args.process_index == 0  # all processes leave it out
             self.metrics.add_total("nonfinite_steps", float(is_counted))
+            self.read_objectives()
 
     @contextmanager
     def explained_batch(self, batch: MicroBatch) -> Iterator[None]:
@@ -321,3 +334,16 @@ def list_used(micro_batches: Sequence[MicroBatch]) -> list[tuple[Row, PromptPair
     """Row and prompts of each completion of a step, in the order of its rollouts."""
     used = [batch for batch in micro_batches if batch.is_used]
     return [item for batch in used for item in zip(batch.rows, batch.prompts, strict=True)]
+
+
+def bring_to_host(result: Objective) -> Objective:
+    """The objective's figures without gradient, on the CPU."""
+
+    def bring(values: Any) -> Any:
+        return values.detach().to("cpu") if isinstance(values, torch.Tensor) else values
+
+    stats = replace(
+        result.stats, **{item.name: bring(getattr(result.stats, item.name)) for item in fields(result.stats)}
+    )
+    own = {item.name: bring(getattr(result, item.name)) for item in fields(result) if item.name != "stats"}
+    return replace(result, **own, stats=stats)

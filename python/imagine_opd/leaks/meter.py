@@ -29,7 +29,9 @@ class LeakMeter:
         ids = rollouts.completion_ids_BT.tolist()
         lengths = rollouts.completion_mask_BT.sum(dim=1).tolist()
         kept = [row[:length] for row, length in zip(ids, lengths, strict=True)]
-        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # No completions decode to one empty text in releases of transformers up to 5.19 at least.
+        decode = self.tokenizer.batch_decode
+        texts = decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False) if kept else []
         leaky = 0
         for index, (pair, text) in enumerate(zip(prompts, texts, strict=True)):
             report = find_leaks(

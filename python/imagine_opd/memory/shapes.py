@@ -321,5 +321,11 @@ def measure_views(shape: ModelShape, prompts: Sequence[Any]) -> ViewSize:
     return ViewSize(
         text_tokens=max(len(prompt.input_ids) - count for prompt, count in zip(prompts, image_tokens, strict=True)),
         image_tokens=max(image_tokens),
-        patches=max(-(-prompt.view.pixel_values.size // shape.vision.patch_numel) for prompt in prompts),
+        patches=max(-(-_count_pixels(prompt.view) // shape.vision.patch_numel) for prompt in prompts),
     )
+
+
+def _count_pixels(view: Any) -> int:
+    """Numbers in a view's pixels as the model takes them: bytes lack the temporal copies."""
+    numbers = int(view.pixel_values.size)
+    return numbers * view.config.temporal_patch_size if view.pixel_values.dtype.name == "uint8" else numbers

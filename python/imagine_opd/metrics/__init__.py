@@ -1,7 +1,8 @@
 """Figures and samples of a run on their way to its log."""
 
+from imagine_opd.metrics.clock import make_clock
 from imagine_opd.metrics.completions import CompletionLogger, CompletionSample
-from imagine_opd.metrics.step import StepMetrics
+from imagine_opd.metrics.step import StepMetrics, describe_times
 from imagine_opd.metrics.thumbnails import make_thumbnails
 from imagine_opd.metrics.token_classes import ANSWER, TokenClassifier, classify_tokens, note_kl
 
@@ -12,6 +13,8 @@ __all__ = [
     "StepMetrics",
     "TokenClassifier",
     "classify_tokens",
+    "describe_times",
+    "make_clock",
     "make_thumbnails",
     "note_kl",
 ]

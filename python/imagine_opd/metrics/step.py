@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from imagine_opd.metrics.clock import Clock
+
+BUSY_STAGES = ("rollout", "advantages", "step", "update")
+"""The stages that make up a step for the device; what is left of `step_time` it waits for the host."""
+
 
 class StepMetrics:
-    """Collects figures between two logs. `synchronize` is called at both ends of a timed stage (for a GPU)."""
+    """Collects figures between two logs. Stages are timed by `clock`, without waiting for the device."""
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
-        self.synchronize = synchronize
-        self.steps = 0
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock = clock or Clock()
+        self.run_seconds: dict[str, float] = defaultdict(float)
+        """Of all steps so far, in total; `step_time` is all of it."""
+        self.run_steps = 0
         self.clear()
 
     def clear(self) -> None:
@@ -26,6 +32,8 @@ class StepMetrics:
         self._maxima: dict[str, float] = {}
         self._minima: dict[str, float] = {}
         self._seconds: dict[str, float] = defaultdict(float)
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._open: dict[str, Any] = {}
 
     def add_mean(self, name: str, total: float, count: float = 1.0) -> None:
         """A sum over `count` items; the log shows their mean."""
@@ -48,30 +56,41 @@ class StepMetrics:
         """A value; the log shows the smallest."""
         self._minima[name] = min(value, self._minima.get(name, value))
 
+    def add_seconds(self, name: str, seconds: float) -> None:
+        """Time that passed beside the step; the log shows `time/NAME_s` per step."""
+        self._seconds[f"time/{name}_s"] += seconds
+
     def start_step(self) -> None:
         """An optimizer step begins: what is timed is per step, and `step_time` is the seconds of a whole one."""
-        self.synchronize()
         self.steps += 1
-        self._step_started = time.perf_counter()
+        self._step_started = self.clock.mark()
 
     def end_step(self) -> None:
         """The optimizer has stepped; what is done between steps (logs, checkpoints, evaluation) is no part of one."""
-        self.synchronize()
-        self._seconds["step_time"] += time.perf_counter() - self._step_started
+        self.finish("update")
+        self._spans.append(("step_time", self._step_started, self.clock.mark()))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times a stage; the log shows `time/NAME_s`, seconds per step."""
-        self.synchronize()
-        started = time.perf_counter()
+        started = self.clock.mark()
         try:
             yield
         finally:
-            self.synchronize()
-            self._seconds[f"time/{name}_s"] += time.perf_counter() - started
+            self._spans.append((f"time/{name}_s", started, self.clock.mark()))
+
+    def begin(self, name: str) -> None:
+        """A stage begins that ends elsewhere, with `finish`."""
+        self._open[name] = self.clock.mark()
+
+    def finish(self, name: str) -> None:
+        """The stage ends; nothing where it has not begun."""
+        if name in self._open:
+            self._spans.append((f"time/{name}_s", self._open.pop(name), self.clock.mark()))
 
     def drain(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> dict[str, float]:
         """The figures since the last log, which is now. `gather` gives those of all processes, which become one."""
+        self._read_clock()
         parts = gather((self._sums, self._counts, self._totals, self._maxima, self._minima, self._seconds))
         steps = max(self.steps, 1)
         self.clear()
@@ -81,10 +100,46 @@ class StepMetrics:
         figures = {name: total / counts[name] for name, total in sums.items() if counts[name]}
         for found in (totals, maxima, minima):
             figures.update(found)
-        figures.update({name: spent / steps for name, spent in seconds.items()})
+        for name, spent in seconds.items():
+            figures[name] = spent / steps
+            self.run_seconds[name] += spent
+        self.run_steps += steps
+        if figures.get("step_time"):
+            figures["time/idle_share"] = figures["time/idle_s"] / figures["step_time"]
         return dict(sorted(figures.items()))
 
+    def _read_clock(self) -> None:
+        if not self._spans:
+            return
+        self.clock.settle()
+        for name, begin, end in self._spans:
+            self._seconds[name] += self.clock.seconds(begin, end)
+        self._spans = []
+        if "step_time" in self._seconds:
+            busy = sum(self._seconds.get(f"time/{name}_s", 0.0) for name in BUSY_STAGES)  # these do not overlap
+            self._seconds["time/idle_s"] = max(0.0, self._seconds["step_time"] - busy)
 
+
+def describe_times(run_seconds: Mapping[str, float], steps: int) -> str:
+    """Where the time of a run's steps went, stage by stage, in one line; empty without a timed step."""
+    whole = run_seconds.get("step_time", 0.0)
+    if not steps or whole <= 0.0:
+        return ""
+    shown = [(label, sum(run_seconds.get(f"time/{name}_s", 0.0) for name in names)) for label, names in _SHOWN]
+    parts = [f"{label} {spent / steps:.3g} s ({spent / whole:.0%})" for label, spent in shown if spent > 0.0]
+    beside = run_seconds.get("time/views_background_s", 0.0)
+    more = f"; views made beside them took {beside / steps:.3g} s" if beside else ""
+    return f"a step took {whole / steps:.3g} s: {', '.join(parts)}{more}"
+
+
+_SHOWN = (
+    ("rollout", ("rollout",)),
+    ("teacher", ("teacher",)),
+    ("student", ("student", "loss", "backward")),
+    ("update", ("update",)),
+    ("views waited for", ("views",)),
+    ("device idle", ("idle",)),
+)
 _JOINS: tuple[Callable[[list[float]], float], ...] = (sum, sum, sum, max, min, max)
 
 

@@ -22,7 +22,7 @@ from imagine_opd.models.peft_models import (
     prepare_student,
 )
 from imagine_opd.models.student import open_forward, paused, run_inside
-from imagine_opd.models.vision_tower import is_vision_name
+from imagine_opd.models.vision_tower import is_tower_frozen, is_vision_name, list_tower
 
 __all__ = [
     "ADAPTER_FILE",
@@ -38,7 +38,9 @@ __all__ = [
     "get_device",
     "get_head",
     "has_adapter",
+    "is_tower_frozen",
     "is_vision_name",
+    "list_tower",
     "load_model",
     "load_processor",
     "open_forward",

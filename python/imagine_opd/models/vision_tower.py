@@ -53,3 +53,25 @@ def freeze_vision_tower(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if is_inside(name, names):
             parameter.requires_grad_(False)
+
+
+def list_tower(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of tower and projector by name; of a model without a tower none. `model` has no PEFT wrapper."""
+    try:
+        names = find_vision_names(model)
+    except ConfigError:
+        return {}
+    return {name: parameter for name, parameter in model.named_parameters() if is_inside(name, names)}
+
+
+def is_tower_frozen(model: nn.Module) -> bool:
+    """Whether tower and projector make the same of an image at every forward: nothing of them trains, and nothing in
+    them is random. `model` has no PEFT wrapper."""
+    tower = list_tower(model)
+    if not tower or any(parameter.requires_grad for parameter in tower.values()):
+        return False
+    names = find_vision_names(model)
+    dropouts = [part for name, part in model.named_modules() if isinstance(part, nn.Dropout) and is_inside(name, names)]
+    config = getattr(model.config, "vision_config", None)
+    rates = [value for name, value in vars(config).items() if "drop" in name] if config is not None else []
+    return not any(isinstance(rate, (int, float)) and rate > 0 for rate in (*rates, *(part.p for part in dropouts)))

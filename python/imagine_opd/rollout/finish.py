@@ -49,7 +49,7 @@ def join_rollouts(parts: Sequence[Rollouts], pad_id: int, device: torch.device) 
     longest = max(part.completion_ids_BT.shape[1] for part in parts)
     columns: list[torch.Tensor] = []
     for name, value in (("completion_ids_BT", pad_id), ("completion_mask_BT", False), ("sampling_logprobs_BT", 0.0)):
-        tensors = [getattr(part, name) for part in parts]
+        tensors = [getattr(part, name).to(device) for part in parts]
         columns.append(torch.cat([pad(tensor, (0, longest - tensor.shape[1]), value=value) for tensor in tensors]))
     dropped: dict[str, int] = {}
     for part in parts:

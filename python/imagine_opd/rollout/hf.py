@@ -9,20 +9,32 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from imagine_opd.adapters import join_views
-from imagine_opd.models import TokenIds, fit_inputs, get_base, get_device
+from imagine_opd.compact import move_to
+from imagine_opd.models import TokenIds, fit_inputs, get_base, get_body, get_device
+from imagine_opd.pixel_inputs import join_pixels
 from imagine_opd.rollout.finish import finish_completions
+from imagine_opd.rollout.prefill import can_copy_cache, fill_cache, find_copies
 from imagine_opd.rollout.sampler import SHAPING_KEYS, SamplingConfig, SeededSampler, draw_uniforms
 from imagine_opd.types import Prompt, Rollouts
+from imagine_opd.vision_features import VisionFeatures, supplying
 
 # B rows, L prompt tokens, T completion tokens, V vocabulary
 
+_CACHE_KEYS = {"cache_implementation", "cache_config", "prefill_chunk_size"}
+"""Of `generation_kwargs`: with one of them `generate` makes the cache itself."""
+
 
 class HFEngine:
-    """`generate(prompts)` with a Hugging Face model. Vision ids are banned; no gradient; eval mode while it runs."""
+    """`generate(prompts)` with a Hugging Face model. Vision ids are banned; no gradient; eval mode while it runs.
 
-    def __init__(self, token_ids: TokenIds) -> None:
+    features: of the images of a step, to be made once and kept for its other forwards.
+    share_prefill: completions of one prompt share its way through the model.
+    """
+
+    def __init__(self, token_ids: TokenIds, features: VisionFeatures | None = None, share_prefill: bool = True) -> None:
         self.token_ids = token_ids
+        self.features = features
+        self.share_prefill = share_prefill
 
     def generate(
         self,
@@ -37,7 +49,12 @@ class HFEngine:
             random state. A completion depends on its prompt and its seed, not on the batch around it.
         """
         device = get_device(model)
-        inputs = fit_inputs(model, pad_prompts(prompts, self.token_ids.pad, device))
+        different, places_B = find_copies(prompts)
+        shares = self.share_prefill and len(different) < len(prompts) and can_copy_cache(model)
+        shares = shares and not _CACHE_KEYS & {*sampling.generation_kwargs}
+        shown = different if shares else prompts
+        inputs: dict[str, Any] = pad_prompts(shown, self.token_ids.pad, device, self.features)
+        length = inputs["input_ids"].shape[1]
         uniforms_BT = None
         if sampling.temperature > 0.0:
             start = int(torch.randint(2**62, ()).item()) if seed is None else seed
@@ -46,7 +63,12 @@ class HFEngine:
         was_training = model.training
         model.eval()
         try:
-            with _blank_generation_config(model), torch.no_grad():
+            with (
+                _blank_generation_config(model),
+                supplying(self.features, get_body(model), shown, "rollout"),
+                torch.no_grad(),
+            ):
+                inputs = fill_cache(model, inputs, places_B) if shares else fit_inputs(model, inputs)
                 output = model.generate(
                     **inputs,
                     generation_config=self._generation_config(sampling),
@@ -55,7 +77,7 @@ class HFEngine:
                 )
         finally:
             model.train(was_training)
-        completion_ids_BT = output[:, inputs["input_ids"].shape[1] :]
+        completion_ids_BT = output[:, length:]
         return finish_completions(completion_ids_BT, sampler.stack_logprobs(completion_ids_BT), self.token_ids)
 
     def _generation_config(self, sampling: SamplingConfig) -> GenerationConfig:
@@ -83,7 +105,9 @@ def _blank_generation_config(model: Any) -> Iterator[None]:
         inner.generation_config = saved
 
 
-def pad_prompts(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+def pad_prompts(
+    prompts: Sequence[Prompt], pad_id: int, device: torch.device, features: VisionFeatures | None = None
+) -> dict[str, torch.Tensor]:
     """Left-padded model inputs of one side. Positions are never passed: the model derives them from these."""
     length = max(len(prompt.input_ids) for prompt in prompts)
     ids_BL = torch.full((len(prompts), length), pad_id, dtype=torch.long)
@@ -95,11 +119,7 @@ def pad_prompts(prompts: Sequence[Prompt], pad_id: int, device: torch.device) ->
         attention_BL[row, start:] = 1
         types_BL[row, start:] = torch.tensor(prompt.mm_token_type_ids)
     inputs = {"input_ids": ids_BL, "attention_mask": attention_BL, "mm_token_type_ids": types_BL}
-    inputs.update(join_pixels(prompts))
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def join_pixels(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-    """The pixel inputs of all prompts, in order, as their family's model takes them."""
-    arrays = join_views(prompts[0].family, [prompt.view for prompt in prompts])
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {
+        **{name: move_to(tensor, device) for name, tensor in inputs.items()},
+        **join_pixels(prompts, device, in_full=features is None),
+    }

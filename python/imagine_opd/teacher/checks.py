@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from imagine_opd.adapters import count_features
+from imagine_opd.compact import mirror_pixels
 from imagine_opd.errors import TeacherError
 from imagine_opd.kernels import TokenStats, linear_token_stats
 from imagine_opd.models import get_head
@@ -138,7 +139,7 @@ def measure_rollout_drift(
 
 def measure_image_effect(model: Any, prompts: Sequence[Prompt], rollouts: Rollouts, pad_id: int) -> float:
     """Largest change of the hidden states at the completions' tokens when every pixel is negated, of the largest."""
-    negated = [replace(prompt, view=replace(prompt.view, pixel_values=-prompt.view.pixel_values)) for prompt in prompts]
+    negated = [replace(prompt, view=mirror_pixels(prompt.view)) for prompt in prompts]
     mask_BT = rollouts.completion_mask_BT
     with torch.no_grad():
         seen_ND, other_ND = (score_side(model, shown, rollouts, mask_BT, pad_id) for shown in (prompts, negated))

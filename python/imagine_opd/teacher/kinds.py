@@ -23,6 +23,7 @@ from imagine_opd.models import (
     find_adapter_layers,
     find_head,
     get_base,
+    list_tower,
     open_forward,
     paused,
 )
@@ -60,6 +61,10 @@ class Teacher(ABC):
     def find_owner(self, student: nn.Module) -> Any:
         """The model, wrapped as it may be, whose weights the teacher's forward reads."""
         return student
+
+    def list_tower(self, student: nn.Module) -> dict[str, Tensor]:
+        """The weights of the vision tower and projector that the teacher's forward reads, by name."""
+        return dict(list_tower(get_base(student)))
 
     @contextmanager
     def gathered(self, student: nn.Module) -> Iterator[Any]:
@@ -207,6 +212,11 @@ class HeldTeacher(Teacher):
             self.module = shard(self.module)
         else:
             self.module.to(device)
+
+    def list_tower(self, student: nn.Module) -> dict[str, Tensor]:
+        """See `Teacher.list_tower`."""
+        weights = self.get_weights()
+        return {name: weights[name] for name in list_tower(get_base(self.module))}
 
     def get_weights(self) -> dict[str, Tensor]:
         """Every weight by parameter name, wherever it is held now."""

@@ -1,0 +1,114 @@
+"""What a step does not do twice changes nothing that it learns: each switch on and off, over seeds."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from test_trainer import largest_difference, make_trainer, read_metrics, weights_of
+
+FAST = {"share_vision_features": True, "share_prefill": True, "prefetch_views": True}
+RUNS = {
+    "frozen tower": {"freeze_vision": True},
+    "trained tower": {"freeze_vision": False},
+    "adapter": {"use_peft": True, "lora_r": 4, "learning_rate": 1e-3},
+}
+FIGURES = ("loss", "reverse_kl", "entropy", "completions/mean_length", "rollout_drift")
+
+
+def train(tiny, rows, folder, **fields):
+    """Weights and logs of two steps of two micro-batches, two completions a row."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2, "max_steps": 2}
+    trainer = make_trainer(tiny, rows, folder, **{**sizes, "seed": 0, **fields})
+    trainer.train()
+    logs = [line for line in read_metrics(trainer) if "reverse_kl" in line]
+    return weights_of(trainer.model), logs, trainer
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", RUNS)
+def test_all_switches_together_learn_what_none_of_them_does(tiny, make_rows, tmp_path, kind, seed):
+    rows = make_rows(8, seed=100 + seed)
+    off = dict.fromkeys(FAST, False)
+    plain, plain_logs, _ = train(tiny, rows, tmp_path / "plain", seed=seed, **RUNS[kind], **off)
+    fast, fast_logs, trainer = train(tiny, rows, tmp_path / "fast", seed=seed, **RUNS[kind], **FAST)
+    assert trainer.features is not None
+    assert trainer.features.is_frozen == (kind != "trained tower")
+    start = weights_of(tiny.model)
+    assert largest_difference(plain, fast) < 2e-5
+    if kind != "adapter":  # whose names are others
+        assert largest_difference(plain, start) > 1e-4
+    for left, right in zip(plain_logs, fast_logs, strict=True):
+        for name in FIGURES:
+            assert left[name] == pytest.approx(right[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_each_switch_alone_learns_the_same(tiny, make_rows, tmp_path, name):
+    rows = make_rows(8)
+    off = dict.fromkeys(FAST, False)
+    plain, _, _ = train(tiny, rows, tmp_path / "plain", freeze_vision=True, **off)
+    found, _, _ = train(tiny, rows, tmp_path / "found", freeze_vision=True, **{**off, name: True})
+    assert largest_difference(plain, found) < 2e-5
+
+
+def test_views_made_ahead_are_those_made_when_due(tiny, make_rows, tmp_path):
+    """To the last bit: the thread does the same, only earlier."""
+    rows = make_rows(6)
+    (now, _, _), (ahead, logs, _) = (
+        train(tiny, rows, tmp_path / str(is_on), prefetch_views=is_on, max_steps=4, num_train_epochs=2)
+        for is_on in (False, True)
+    )
+    assert largest_difference(now, ahead) == 0.0
+    assert all("time/views_background_s" in line for line in logs)
+
+
+def test_row_that_fails_in_the_thread_is_counted_and_said_as_ever(tiny, make_rows, tmp_path, capsys):
+    rows = make_rows(4)
+    rows[1] = replace(rows[1], images=(rows[1].images[0][:100],), source="data.jsonl:2")
+    fields = {"gradient_accumulation_steps": 1, "train_sampling_strategy": "sequential", "max_steps": 2}
+    logs = train(tiny, rows, tmp_path, teacher_checks=False, probe_rows=0, **fields)[1]
+    dropped = [sum(value for name, value in line.items() if name.startswith("rows_dropped/")) for line in logs]
+    assert dropped == [1, 0]
+    assert capsys.readouterr().out.count("data.jsonl:2") == 1
+
+
+def test_run_says_where_its_time_went(tiny, make_rows, tmp_path, capsys):
+    _, logs, _ = train(tiny, make_rows(8), tmp_path)
+    told = capsys.readouterr().out
+    assert "a step took" in told
+    assert "rollout" in told.split("a step took")[1]
+    for line in logs:
+        stages = [line[f"time/{name}_s"] for name in ("rollout", "step", "update", "idle")]
+        assert sum(stages) == pytest.approx(line["step_time"], rel=1e-6)
+        inside = [line[f"time/{name}_s"] for name in ("teacher", "student", "loss", "backward")]
+        assert 0 < sum(inside) <= line["time/step_s"] * 1.001
+        assert 0 <= line["time/idle_share"] < 1
+
+
+def test_tower_of_a_teacher_of_its_own_is_not_taken_for_the_students(tiny, make_rows, tmp_path):
+    teacher = copy.deepcopy(tiny.model)
+    trainer = make_trainer(tiny, make_rows(4), tmp_path / "same", teacher=teacher, freeze_vision=True)
+    assert trainer.features.teacher_shares  # equal to the last bit: the same features
+    with torch.no_grad():
+        next(iter(teacher.model.visual.parameters())).add_(1e-3)
+    trainer = make_trainer(tiny, make_rows(4), tmp_path / "other", teacher=teacher, freeze_vision=True)
+    assert trainer.features.is_frozen
+    assert not trainer.features.teacher_shares
+
+
+@pytest.mark.parametrize("kind", ["ema", "live"])
+def test_moving_teachers_share_what_does_not_move(tiny, make_rows, tmp_path, kind):
+    rows, fields = make_rows(8), {"freeze_vision": True, "teacher_model_kind": kind, "teacher_checks": False}
+    off = dict.fromkeys(FAST, False)
+    plain, _, _ = train(tiny, rows, tmp_path / "plain", **fields, **off)
+    fast, _, trainer = train(tiny, rows, tmp_path / "fast", **fields, **FAST)
+    assert trainer.features.teacher_shares
+    assert largest_difference(plain, fast) < 2e-5
+
+
+def test_teacher_held_in_host_memory_shares_the_tower_too(tiny, make_rows, tmp_path):
+    trainer = make_trainer(tiny, make_rows(4), tmp_path, freeze_vision=True, teacher_placement="cpu")
+    assert trainer.features.teacher_shares
