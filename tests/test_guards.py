@@ -306,7 +306,7 @@ def test_memory_that_runs_out_is_explained_with_the_batchs_numbers(make_trainer,
 
     trainer = make_trainer(**QUIET, max_steps=1)
 
-    def refuse(*args):
+    def refuse(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(trainer_module, "score_student", refuse)

@@ -41,6 +41,7 @@ from imagine_opd.memory import (
     read_memory_settings,
     read_model_shape,
 )
+from imagine_opd.memory.activations import ForwardLoad
 from imagine_opd.memory.settings import PHASES
 from imagine_opd.models.vision_tower import freeze_vision_tower
 from imagine_opd.privilege import build_prompts
@@ -322,6 +323,25 @@ def test_advice_is_only_what_still_helps(shape_4b, big_settings):
         assert spent not in text
     # after checkpointing the rollout of 32 prompts at once is the peak
     assert "generation_batch_size 32 -> 16" in text
+
+
+def test_a_token_budget_and_packing_count_as_they_cut_and_pack(shape_4b, big_settings):
+    def plan(**fields):
+        return plan_memory(shape_4b, dataclasses.replace(big_settings, padding_free=False, **fields))
+
+    longest = big_settings.teacher_view.tokens + big_settings.max_completion_length
+    rows = big_settings.per_device_train_batch_size * big_settings.num_generations
+    assert rows > 2
+    activations = "saved activations"
+    for budget, expected in ((longest * rows, rows), (2 * longest + 5, 2), (longest - 1, 1)):
+        smaller = plan(per_device_train_batch_size=expected, num_generations=1)
+        assert plan(max_tokens_per_forward=budget).get_bytes(activations) == smaller.get_bytes(activations)
+    padded = ForwardLoad(big_settings.student_view, rows, big_settings.max_completion_length)
+    packed = dataclasses.replace(padded, packed=True)
+    assert packed.scores == rows * padded.scores == (rows * padded.length) ** 2
+    settings = dataclasses.replace(big_settings, padding_free=True)
+    masks = (packed.scores - padded.scores) * 2  # in bfloat16, of the block at work
+    assert plan_memory(shape_4b, settings).sum_bytes("student") == plan().sum_bytes("student") + masks
 
 
 def test_settings_are_read_from_the_runs_config():

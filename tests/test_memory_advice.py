@@ -28,6 +28,7 @@ FACTS = MicroBatchFacts(
     image_tokens_student=1000,
     image_tokens_teacher=4000,
     longest_completion=256,
+    tokens=20000,
 )
 
 
@@ -59,17 +60,19 @@ def test_sentence_holds_the_numbers_and_the_advice_in_order():
         "allocated and 77.25 GiB reserved. What to change: (1) teacher_device=cpu saves 8.0 GiB. "
         "(2) per_device_train_batch_size=2 with gradient_accumulation_steps times 2"
     )
-    order = ["(3) gradient_checkpointing=True", "(4) num_generations below 2", "(5) a lower crop_max_pixels: 3000"]
-    places = [text.index(item) for item in [*order, "(6) a lower max_pixels: images are 4000", "(7) LoRA"]]
+    order = ["(3) max_tokens_per_forward=10000: the same step", "(4) gradient_checkpointing=True"]
+    order += ["(5) num_generations below 2", "(6) a lower crop_max_pixels: 3000"]
+    places = [text.index(item) for item in [*order, "(7) a lower max_pixels: images are 4000", "(8) LoRA"]]
     assert places == sorted(places)
     assert text.endswith("The allocator said: CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def test_advice_that_cannot_help_is_not_given():
-    facts = MicroBatchFacts(1, 1, 900, 950, 300, 320, 600)
+    facts = MicroBatchFacts(1, 1, 900, 950, 300, 320, 600, 950)
     text = explain_out_of_memory(MemoryError(), facts, batch_size=1, gradient_checkpointing=True)
     assert "per_device_train_batch_size" not in text
     assert "gradient_checkpointing" not in text
+    assert "max_tokens_per_forward" not in text
     assert "num_generations" not in text
     assert "max_pixels" not in text
     assert "(1) max_completion_length below 600. (2) LoRA" in text
@@ -90,7 +93,7 @@ def test_facts_are_those_of_the_longest_and_the_most():
         ),
         rollouts=Rollouts(mask_BT.long(), mask_BT, torch.zeros(2, 3)),
     )
-    assert read_facts(batch) == MicroBatchFacts(2, 1, 13, 24, 6, 13, 3)
+    assert read_facts(batch) == MicroBatchFacts(2, 1, 13, 24, 6, 13, 3, 47)
 
 
 def test_a_pass_without_gradient_is_told_with_its_numbers_and_the_advice_in_order():

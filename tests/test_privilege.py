@@ -157,9 +157,9 @@ def test_student_view_of_ones_own_is_what_train_samples_checks_and_scores_by(tin
     scored, sampled = [], []
     score, sample = trainer.score_student, batches.BatchBuilder.sample
 
-    def spy_score(student, teacher_hidden_ND, batch, *args):
+    def spy_score(student, teacher_hidden_ND, batch, *args, **options):
         scored.extend(zip(batch.rows, batch.prompts, strict=True))
-        return score(student, teacher_hidden_ND, batch, *args)
+        return score(student, teacher_hidden_ND, batch, *args, **options)
 
     def spy_sample(self, model, prompts, seeds):
         sampled.extend(prompts)

@@ -56,6 +56,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("plain", {}),
     "ddp accumulation": ("plain", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
     "ddp sampled": ("sampled", {}),
+    # Less than two sequences: each completion alone, and spare forwards where bad rows leave a process fewer.
+    "ddp budget": ("plain", {"max_tokens_per_forward": 60}),
+    "ddp sampled budget": ("sampled", {"max_tokens_per_forward": 130, "gradient_accumulation_steps": 1}),
     "fsdp2": ("plain", {**CHECKS, "fsdp": True, "save_strategy": "steps", "save_steps": 2}),
     "fsdp2 accumulation": (
         "plain",
@@ -67,6 +70,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "generation_batch_size": 1,  # bad rows leave the second process one call, then none, beside two
         },
     ),
+    "fsdp2 packed budget": ("plain", {"fsdp": True, "padding_free": True, "max_tokens_per_forward": 60}),
     "fsdp2 contrast": ("contrast", {"fsdp": True}),
 }
 # Of their own moment or machine, or of each micro-batch by itself.

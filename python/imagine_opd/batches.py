@@ -62,6 +62,8 @@ class MicroBatch:
     reward_advantages_B: torch.Tensor | None = None
     leaked_BT: torch.Tensor | None = None
     """Tokens with an unlikelihood loss of their own."""
+    parts: tuple[tuple[int, ...], ...] = ()
+    """Completions of each forward, where `micro_batches` cuts it; an empty one: a spare forward."""
 
 
 class BatchBuilder:

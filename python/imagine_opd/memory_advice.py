@@ -19,7 +19,10 @@ _CPU_REFUSAL = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchFacts:
-    """What a micro-batch asked of the device, in tokens; sequences are prompt and completion."""
+    """What a micro-batch asked of the device, in tokens; sequences are prompt and completion.
+
+    tokens: of all sequences of the larger side, without padding.
+    """
 
     completions: int
     rows: int
@@ -28,6 +31,7 @@ class MicroBatchFacts:
     image_tokens_student: int
     image_tokens_teacher: int
     longest_completion: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +70,23 @@ def read_facts(batch: Any) -> MicroBatchFacts:
     """The facts of a `batches.MicroBatch`. Image tokens are those of the completion with the most."""
     lengths = batch.rollouts.completion_mask_BT.sum(dim=1).tolist()
 
-    def longest(side: str) -> int:
+    def measure(side: str) -> list[int]:
         prompts = [getattr(pair, side) for pair in batch.prompts]
-        return max((len(prompt.input_ids) + n for prompt, n in zip(prompts, lengths, strict=True)), default=0)
+        return [len(prompt.input_ids) + n for prompt, n in zip(prompts, lengths, strict=True)]
 
     def image_tokens(side: str) -> int:
         return max((sum(getattr(pair, side).image_tokens) for pair in batch.prompts), default=0)
 
+    student, teacher = measure("student"), measure("teacher")
     return MicroBatchFacts(
         completions=len(lengths),
         rows=len({id(row) for row in batch.rows}),
-        longest_student=longest("student"),
-        longest_teacher=longest("teacher"),
+        longest_student=max(student, default=0),
+        longest_teacher=max(teacher, default=0),
         image_tokens_student=image_tokens("student"),
         image_tokens_teacher=image_tokens("teacher"),
         longest_completion=int(max(lengths, default=0)),
+        tokens=max(sum(student), sum(teacher)),
     )
 
 
@@ -123,15 +129,15 @@ def read_pass(
 def explain_pass(
     error: BaseException,
     facts: PassFacts,
-    field: str,
+    field: str | None,
     *,
     memory_gib: tuple[float, float] | None = None,
     plan_advice: Sequence[str] = (),
 ) -> str:
-    """What ran out in a pass without gradient and what to change: first `field`, which says how many prompts go
-    at once, then lengths and pixels, then what is held all the time."""
+    """What ran out in a pass without gradient and what to change: first `field`, if there is one that says how
+    many prompts go at once, then lengths and pixels, then what is held all the time."""
     advice = []
-    if facts.prompts > 1:
+    if field is not None and facts.prompts > 1:
         advice.append(f"{field}={facts.prompts // 2} (now {facts.prompts})")
     if 4 * facts.max_completion_length > facts.longest:
         advice.append(f"max_completion_length below {facts.max_completion_length}")
@@ -169,6 +175,8 @@ def _list_advice(facts: MicroBatchFacts, batch_size: int, gradient_checkpointing
             f"per_device_train_batch_size={half} with gradient_accumulation_steps times {batch_size // half}: the same "
             "step in smaller parts"
         )
+    if facts.completions > 1:
+        advice.append(f"max_tokens_per_forward={facts.tokens // 2}: the same step in forwards of fewer tokens")
     if not gradient_checkpointing:
         advice.append("gradient_checkpointing=True: activations are made again in backward")
     if facts.completions > facts.rows:

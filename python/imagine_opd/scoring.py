@@ -1,7 +1,8 @@
 """Both sides' hidden states at the response tokens only: never the prompt's, and no logits.
 
-Each side gets its own sequence, [prompt, completion] padded on the right, so positions and vision placeholders are
-those of its own view; a causal body never lets the padding reach a response token.
+Each side gets its own sequence, [prompt, completion], so positions and vision placeholders are those of its own view.
+Sequences of a batch are padded on the right, where a causal body never lets the padding reach a response token, or
+packed into one row (`packing`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 
 from imagine_opd.compact import move_to
 from imagine_opd.models import fit_inputs, get_body, get_device
+from imagine_opd.packing import find_starts, pack_inputs
 from imagine_opd.pixel_inputs import join_pixels
 from imagine_opd.types import Prompt, PromptPair, Rollouts, Scores
 from imagine_opd.vision_features import VisionFeatures, supplying
 
-# B rows, L sequence tokens, T completion tokens, N kept response tokens, D hidden
+# B rows, L sequence tokens, P tokens of a packed row, T completion tokens, N kept response tokens, D hidden
 
 
 class ScoredBatch(Protocol):
@@ -36,6 +38,7 @@ def score_teacher(
     pad_id: int,
     neutral: bool = False,
     features: VisionFeatures | None = None,
+    packed: bool = False,
 ) -> torch.Tensor:
     """`[N, D]` hidden states of the teacher under its own view, or under the one with neutral evidence, without
     gradient."""
@@ -43,7 +46,7 @@ def score_teacher(
     assert all(prompts), "a prompt was built without its neutral pass"
     shown = [prompt for prompt in prompts if prompt is not None]
     with torch.no_grad(), supplying(features, get_body(teacher), shown, "teacher"):
-        return score_side(teacher, shown, batch.rollouts, active_BT, pad_id, features is None)
+        return score_side(teacher, shown, batch.rollouts, active_BT, pad_id, features is None, packed)
 
 
 def score_student(
@@ -53,6 +56,7 @@ def score_student(
     active_BT: torch.Tensor,
     pad_id: int,
     features: VisionFeatures | None = None,
+    packed: bool = False,
 ) -> Scores:
     """Both sides at the tokens where `active_BT` is set: the student's hidden states with gradient, and the teacher's.
 
@@ -61,7 +65,7 @@ def score_student(
     rollouts = batch.rollouts
     prompts = [pair.student for pair in batch.prompts]
     with supplying(features, get_body(student), prompts, "student"):
-        student_hidden_ND = score_side(student, prompts, rollouts, active_BT, pad_id, features is None)
+        student_hidden_ND = score_side(student, prompts, rollouts, active_BT, pad_id, features is None, packed)
     row_N, position_N = active_BT.nonzero(as_tuple=True)
     device = student_hidden_ND.device
     return Scores(
@@ -81,18 +85,24 @@ def score_side(
     active_BT: torch.Tensor,
     pad_id: int,
     with_pixels: bool = True,
+    packed: bool = False,
 ) -> torch.Tensor:
     """`[N, D]` hidden states of one side at the active response tokens, in row order then token order.
 
-    `with_pixels=False`: around the call the features of the images are supplied (`vision_features`).
+    `with_pixels=False`: around the call the features of the images are supplied (`vision_features`). packed: the
+    sequences go through the model as one row without padding.
     """
     device = get_device(model)
     body = get_body(model)
     inputs = fit_inputs(body, join_sequences(prompts, rollouts, pad_id, device, with_pixels))
-    hidden_BLD: torch.Tensor = body(**inputs, use_cache=False).last_hidden_state
     row_N, position_N = active_BT.nonzero(as_tuple=True)
     starts_B = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=row_N.device)
-    return hidden_BLD[move_to(row_N, device), move_to(starts_B[row_N] + position_N - 1, device)]
+    place_N = starts_B[row_N] + position_N - 1
+    if packed:
+        place_N = place_N + find_starts(inputs["attention_mask"]).to(place_N.device)[row_N]
+        row_N, inputs = torch.zeros_like(row_N), pack_inputs(body, inputs)
+    hidden_BLD: torch.Tensor = body(**inputs, use_cache=False).last_hidden_state
+    return hidden_BLD[move_to(row_N, device), move_to(place_N, device)]
 
 
 def join_sequences(

@@ -20,8 +20,8 @@ from imagine_opd.kernels import OutputHead
 from imagine_opd.loss import ObjectiveConfig, measure_advantages, shape_advantages
 from imagine_opd.parallel import sum_tensor_over_ranks
 
-ScoreTeacher = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
-"""(micro-batch, active_BT) to the teacher's hidden states [N, D], with the evidence and, for a contrast, without."""
+ScoreTeacher = Callable[[MicroBatch], tuple[torch.Tensor, torch.Tensor | None]]
+"""Micro-batch to the teacher's hidden states [N, D], with the evidence and, for a contrast, without."""
 
 
 def add_step_advantages(
@@ -39,7 +39,7 @@ def add_step_advantages(
     positions: list[torch.Tensor] = []
     for batch in micro_batches:
         active_BT = batch.weights_BT > 0
-        teacher_hidden_ND, neutral_hidden_ND = score_teacher(batch, active_BT)
+        teacher_hidden_ND, neutral_hidden_ND = score_teacher(batch)
         ids_N, sampling_logprobs_N = (
             move_to(values_BT[active_BT], device)
             for values_BT in (batch.rollouts.completion_ids_BT, batch.rollouts.sampling_logprobs_BT)

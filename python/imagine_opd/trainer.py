@@ -31,6 +31,7 @@ from imagine_opd.guards import RunGuards
 from imagine_opd.lookahead import Lookahead
 from imagine_opd.loss import Objective, ObjectiveConfig, objective
 from imagine_opd.metrics import StepMetrics, describe_times, make_clock
+from imagine_opd.micro_batches import plan_parts, score_parts, step_parts
 from imagine_opd.models import (
     get_head,
     load_model,
@@ -40,6 +41,7 @@ from imagine_opd.models import (
     read_token_ids,
     run_inside,
 )
+from imagine_opd.packing import refuse_unpackable
 from imagine_opd.parallel import (
     count_own_rows,
     gather_figures,
@@ -103,6 +105,8 @@ class ImagineOPDTrainer(RecordedTrainer):
         self.processor = copy.deepcopy(load_processor(processor, model))
         student = prepare_student(load_model(model, args.model_dtype), args, peft_config)
         refuse_own_folder(student, args)
+        if args.padding_free:
+            refuse_unpackable(student)
         if args.merge_adapter:
             refuse_unmergeable(student)
         self.view_config = make_view_config(self.processor, args, training=True)
@@ -203,12 +207,13 @@ class ImagineOPDTrainer(RecordedTrainer):
         step = self.state.global_step
         micro_batches, rollouts, total = self.builder.build(self.model_wrapped, batches, step, rows.made)
         self.guards.note_rollouts(micro_batches, rollouts, self.state.global_step + 1)
+        micro_batches = plan_parts(micro_batches, self.args, self.say_here)
         if self.objective_config.shapes_advantages:
             stage = self.step_metrics.stage("advantages")
             with stage, self.accelerator.autocast(), self.teacher.open_head(self.model_wrapped) as teacher_head:
                 micro_batches = add_step_advantages(
                     micro_batches,
-                    lambda batch, active_BT: self._score_teacher(self.model_wrapped, batch, active_BT),
+                    lambda batch: score_parts(batch, lambda part: self._score_teacher(self.model_wrapped, part)),
                     teacher_head,
                     self.objective_config,
                     self.args.max_completion_length,
@@ -234,15 +239,14 @@ class ImagineOPDTrainer(RecordedTrainer):
         with self.accelerator.autocast():
             teacher_hidden_ND, neutral_hidden_ND = inputs.teacher_hidden_ND, inputs.neutral_hidden_ND
             if teacher_hidden_ND is None:
-                teacher_hidden_ND, neutral_hidden_ND = self._score_teacher(model, inputs, active_BT)
+                teacher_hidden_ND, neutral_hidden_ND = self._score_teacher(model, inputs)
 
             results: list[Objective] = []
 
             def compute(student: Any) -> torch.Tensor:
                 with stage("student"):
-                    scores = score_student(
-                        student, teacher_hidden_ND, inputs, active_BT, self.token_ids.pad, self.features
-                    )
+                    pad_id, packed = self.token_ids.pad, self.args.padding_free
+                    scores = score_student(student, teacher_hidden_ND, inputs, active_BT, pad_id, self.features, packed)
                     scores = dataclasses.replace(
                         scores,
                         weights_N=move_to(inputs.weights_BT[active_BT], device),
@@ -267,17 +271,16 @@ class ImagineOPDTrainer(RecordedTrainer):
         self.step_metrics.begin("backward")
         return (loss, results[0]) if return_outputs else loss
 
-    def _score_teacher(
-        self, model: Any, batch: MicroBatch, active_BT: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _score_teacher(self, model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The teacher's hidden states with the evidence and, for a contrast, with neutral evidence."""
+        active_BT, pad_id = batch.weights_BT > 0, self.token_ids.pad
+        features, packed = self.features, self.args.padding_free
 
         def compute(teacher: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-            pad, features = self.token_ids.pad, self.features
-            hidden_ND = score_teacher(teacher, batch, active_BT, pad, features=features)
+            hidden_ND = score_teacher(teacher, batch, active_BT, pad_id, False, features, packed)
             if self.view_config.neutral == "none":
                 return hidden_ND, None
-            return hidden_ND, score_teacher(teacher, batch, active_BT, pad, neutral=True, features=features)
+            return hidden_ND, score_teacher(teacher, batch, active_BT, pad_id, True, features, packed)
 
         # Here too: with step advantages the teacher runs before the step, outside of `training_step`.
         with self.guards.explained_batch(batch), self.step_metrics.stage("teacher"):
@@ -285,10 +288,15 @@ class ImagineOPDTrainer(RecordedTrainer):
 
     def training_step(self, model: Any, inputs: MicroBatch, num_items_in_batch: Any = None) -> torch.Tensor:
         """The Trainer's step, timed and guarded."""
-        with self.step_metrics.stage("step"):
-            with self.guards.explained_batch(inputs):
-                loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+
+        def step(part: MicroBatch) -> torch.Tensor:
+            with self.guards.explained_batch(part):
+                loss: torch.Tensor = super(ImagineOPDTrainer, self).training_step(model, part, num_items_in_batch)
             self.step_metrics.finish("backward")
+            return loss
+
+        with self.step_metrics.stage("step"):
+            loss = step_parts(self.accelerator, model, inputs, step)
             self.guards.settle_step(model, self.optimizer, loss, inputs)
         self.step_metrics.begin("update")  # ends with the step
         return loss
@@ -332,7 +340,9 @@ class ImagineOPDTrainer(RecordedTrainer):
         self.has_moved = True
 
     def check_before_training(self) -> None:
-        """The checks of shared features and of the teacher, and the privilege probe, each where it is on."""
+        """The checks of packed forwards, of shared features, of the teacher, and the probe, each where it is on."""
+        if self.args.padding_free:
+            self.guards.check_packing()
         if self.args.teacher_checks:
             if self.features is not None and not self.guards.check_features(self.features):
                 self.features = self.engine.features = None

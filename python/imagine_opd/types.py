@@ -270,8 +270,8 @@ class Rollouts:
     sampling_logprobs_BT: torch.Tensor
     dropped: dict[str, int] = field(default_factory=dict)
 
-    def select(self, rows: slice) -> Rollouts:
-        """The same for a slice of the rows (`dropped` stays with the whole)."""
+    def select(self, rows: slice | list[int]) -> Rollouts:
+        """The same for some of the rows (`dropped` stays with the whole)."""
         return dataclasses.replace(
             self,
             completion_ids_BT=self.completion_ids_BT[rows],

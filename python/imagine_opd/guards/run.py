@@ -20,7 +20,7 @@ from imagine_opd.callbacks import COMPLETIONS_FILE, StepTimeCallback, append_lin
 from imagine_opd.config import ImagineOPDConfig
 from imagine_opd.errors import RowError
 from imagine_opd.evaluation import decode_completions
-from imagine_opd.guards.features import describe_difference, measure_sharing
+from imagine_opd.guards.forwards import describe_sharing, refuse_mixed_packing
 from imagine_opd.guards.image_identity import refuse_foreign_images
 from imagine_opd.guards.monitors import CollapseCallback
 from imagine_opd.guards.nonfinite import NonfiniteGuard, describe_micro_batch
@@ -36,6 +36,7 @@ from imagine_opd.memory_advice import (
 )
 from imagine_opd.metrics import CompletionLogger, CompletionSample, TokenClassifier, make_thumbnails, note_kl
 from imagine_opd.models import get_head, paused, run_inside
+from imagine_opd.packing import describe_packing, refuse_unpackable
 from imagine_opd.parallel import gather_parameters, sum_over_ranks
 from imagine_opd.rollout.finish import find_truncated
 from imagine_opd.teacher import (
@@ -149,23 +150,35 @@ class RunGuards:
         pairs = [pair for pair in self.builder.build_pairs([rows[0]]) if pair is not None]
         if not pairs:
             return True  # a run without a usable row ends with a sentence of its own
-        student, teacher = [pairs[0].student], [pairs[0].teacher]
         features.start_step()
-        explained = self.explained_check("the check of shared image features", lambda: pairs)
-        told = None
+        explained = self.explained_check("the check of shared image features", lambda: pairs, None)
         with explained, self.trainer.accelerator.autocast():
             with gather_parameters(model) as module, paused(module):
-                told = describe_difference(
-                    measure_sharing(module, student, token_ids, features, "rollout"), module, "student"
-                )
+                told = describe_sharing(module, [pairs[0].student], token_ids, features, "rollout")
             with self.teacher.gathered(model) as module, paused(module):
-                found = measure_sharing(module, teacher, token_ids, features, "teacher")
-                told = told or describe_difference(found, module, "teacher")
+                told = told or describe_sharing(module, [pairs[0].teacher], token_ids, features, "teacher")
         features.start_step()
         self.metrics.clear()  # as for the checks below
-        if told is not None:
+        if told:
             self.trainer.say_once(told)
-        return told is None
+        return not told
+
+    def check_packing(self) -> None:
+        """Says how packed sequences are kept apart, and raises `ConfigError` where they are not."""
+        rows, model, token_ids = self.trainer.train_dataset, self.trainer.model_wrapped, self.builder.engine.token_ids
+        pairs = [pair for pair in self.builder.build_pairs([rows[i] for i in range(min(2, len(rows)))]) if pair]
+        if not pairs:
+            return  # a run without a usable row ends with a sentence of its own
+        pairs = (pairs * 2)[:2]
+        explained = self.explained_check("the check of packed forwards", lambda: pairs, None)
+        with explained, self.trainer.accelerator.autocast():
+            with gather_parameters(model) as student, paused(student):
+                self.trainer.say_once(describe_packing(student))
+                refuse_mixed_packing(student, [pair.student for pair in pairs], token_ids, "student")
+            with self.teacher.gathered(model) as teacher, paused(teacher):
+                refuse_unpackable(teacher)
+                refuse_mixed_packing(teacher, [pair.teacher for pair in pairs], token_ids, "teacher")
+        self.metrics.clear()  # as for the checks below
 
     def check_teacher(self, step: int) -> None:
         """The periodic check; raises `TeacherError`."""
@@ -324,9 +337,9 @@ class RunGuards:
 
     @contextmanager
     def explained_check(
-        self, name: str, make_pairs: Callable[[], Sequence[PromptPair]], field: str = "teacher_check_rows"
+        self, name: str, make_pairs: Callable[[], Sequence[PromptPair]], field: str | None = "teacher_check_rows"
     ) -> Iterator[None]:
-        """The same for a check on the teacher's prompts of a few rows, whose number is the config's `field`."""
+        """The same for a check on the teacher's prompts of a few rows, as many as the config's `field` says."""
 
         def explain(error: BaseException) -> str:
             facts = read_pass(name, [pair.teacher for pair in make_pairs()], self.args.max_completion_length)

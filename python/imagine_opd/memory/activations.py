@@ -46,11 +46,12 @@ class AdapterLoad:
 
 @dataclass(frozen=True, slots=True)
 class ForwardLoad:
-    """The sequences of one forward: `rows` prompts of one size, each followed by `new_tokens`."""
+    """The sequences of one forward: `rows` prompts of one size, each followed by `new_tokens`. packed: in one row."""
 
     view: ViewSize
     rows: int
     new_tokens: int
+    packed: bool = False
 
     @property
     def length(self) -> int:
@@ -59,6 +60,11 @@ class ForwardLoad:
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    @property
+    def scores(self) -> int:
+        """Pairs of tokens in the model's rows, which a mask or a matrix of scores has one number for."""
+        return self.tokens**2 if self.packed else self.rows * self.length**2
 
     @property
     def patches(self) -> int:
@@ -128,11 +134,11 @@ def save_text_block(text: TextShape, precision: Precision, training: Training) -
 def save_scores(shape: ModelShape, load: ForwardLoad, precision: Precision) -> int:
     """Of one block and the whole batch: the padding mask as scores, or with eager attention the scores themselves."""
     if shape.attention == "eager":
-        return load.rows * shape.text.heads * load.length**2 * (4 + precision.operand)
+        return shape.text.heads * load.scores * (4 + precision.operand)
     lse = load.tokens * shape.text.heads * 4
     if "flash" in shape.attention or load.rows == 1:
         return lse
-    return lse + load.rows * load.length**2 * precision.operand
+    return lse + load.scores * precision.operand
 
 
 def save_vision_block(shape: ModelShape, precision: Precision) -> int:

@@ -51,9 +51,13 @@ class StepMemory:
         self.gradient_shards = settings.num_processes if stage >= 2 else self.shards
         # DeepSpeed computes with 16-bit weights and keeps fp32 ones of its own beside the optimizer's states.
         self.has_masters = stage > 0 and settings.compute_dtype != "float32"
+        length, packed = settings.max_completion_length, settings.padding_free
         rows = settings.per_device_train_batch_size * settings.num_generations
-        self.student_load = ForwardLoad(settings.student_view, rows, settings.max_completion_length)
-        self.teacher_load = ForwardLoad(settings.teacher_view, rows, settings.max_completion_length)
+        if settings.max_tokens_per_forward is not None:
+            longest = max(settings.student_view.tokens, settings.teacher_view.tokens) + length
+            rows = min(rows, max(settings.max_tokens_per_forward // longest, 1))
+        self.student_load = ForwardLoad(settings.student_view, rows, length, packed)
+        self.teacher_load = ForwardLoad(settings.teacher_view, rows, length, packed)
 
     @property
     def has_adapters(self) -> bool:

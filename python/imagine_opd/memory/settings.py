@@ -38,6 +38,8 @@ class MemorySettings:
     num_generations: int = 1
     generation_batch_size: int | None = None
     max_completion_length: int = 256
+    padding_free: bool = False
+    max_tokens_per_forward: int | None = None
     model_dtype: str = "float32"
     compute_dtype: str = "float32"
     optim: str = "adamw_torch_fused"
