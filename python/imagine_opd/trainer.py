@@ -27,6 +27,7 @@ from imagine_opd.callbacks import (
 )
 from imagine_opd.checkpoints import SafeSaving
 from imagine_opd.config import ImagineOPDConfig, save_recipe
+from imagine_opd.engines import build_engine
 from imagine_opd.errors import ConfigError
 from imagine_opd.evaluation import evaluate_model
 from imagine_opd.guards import RunGuards
@@ -53,7 +54,6 @@ from imagine_opd.parallel import (
 )
 from imagine_opd.privilege import ViewFunction
 from imagine_opd.rewards import read_reward_functions
-from imagine_opd.rollout import HFEngine
 from imagine_opd.run_checks import refuse_bad_run, refuse_idle_rewards, refuse_own_folder
 from imagine_opd.run_plan import plan_run, settle_placement
 from imagine_opd.scoring import score_student, score_teacher
@@ -112,7 +112,7 @@ class ImagineOPDTrainer(SafeSaving):
             **{name: getattr(args, name) for name in ObjectiveConfig.__dataclass_fields__}
         )
         self.token_ids = read_token_ids(student, self.processor)
-        self.engine = HFEngine(self.token_ids)
+        self.engine = build_engine(student, args, self.token_ids, self.processor, self.view_config)
         with gather_parameters(student):  # ZeRO-3 splits it while it is loaded
             self.run_plan = plan_run(
                 student, args, self.processor, self.view_config, train_dataset, teacher, student_view, teacher_view

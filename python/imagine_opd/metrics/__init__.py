@@ -1,6 +1,7 @@
 """Figures and samples of a run on their way to its log."""
 
 from imagine_opd.metrics.completions import CompletionLogger, CompletionSample
+from imagine_opd.metrics.sampling import note_mismatch
 from imagine_opd.metrics.step import StepMetrics
 from imagine_opd.metrics.thumbnails import make_thumbnails
 from imagine_opd.metrics.token_classes import ANSWER, TokenClassifier, classify_tokens, note_kl
@@ -14,4 +15,5 @@ __all__ = [
     "classify_tokens",
     "make_thumbnails",
     "note_kl",
+    "note_mismatch",
 ]

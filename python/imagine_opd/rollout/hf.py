@@ -24,6 +24,11 @@ class HFEngine:
     def __init__(self, token_ids: TokenIds) -> None:
         self.token_ids = token_ids
 
+    @contextmanager
+    def opened(self, model: Any, step: int) -> Iterator[None]:
+        """Nothing to do: the model itself samples."""
+        yield
+
     def generate(
         self,
         model: Any,
