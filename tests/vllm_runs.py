@@ -37,7 +37,6 @@ MODES = {
     "colocate": {"vllm_mode": "colocate"},
     "lora": {
         "vllm_mode": "colocate",
-        "vllm_enable_sleep_mode": True,
         "use_peft": True,
         "lora_r": 8,
         "learning_rate": 3e-2,

@@ -166,23 +166,26 @@ def measure_drift(own: Rollouts, theirs: Rollouts) -> float:
     """How far two engines' greedy completions are apart: the mean over completions of the larger of two numbers.
 
     One is the mean difference of log-probs (nats) of the tokens up to the first that differs. The other is by how much
-    their distributions differ at least at that token, total variation: p + p' - 1 where each engine gives its own token
-    p and p'. A tie gives 0, two certain answers 1.
+    their distributions differ at least at that token, in total variation, where each engine gives its own and likeliest
+    token p and p': |p - p'| or p + p' - 1. A tie gives 0; two certain answers, or one and a uniform guess, give 1.
     """
     drifts: list[float] = []
     for row in range(len(own.completion_ids_BT)):
-        sides = [
-            (side.completion_ids_BT[row][mask].tolist(), side.sampling_logprobs_BT[row][mask].tolist())
-            for side in (own, theirs)
-            if (mask := side.completion_mask_BT[row]) is not None
-        ]
-        (own_ids, own_logprobs), (their_ids, their_logprobs) = sides
+        (own_ids, own_logprobs), (their_ids, their_logprobs) = (_read_row(side, row) for side in (own, theirs))
         same = next((i for i, pair in enumerate(zip(own_ids, their_ids, strict=False)) if pair[0] != pair[1]), None)
-        least = 0.0 if same is None else math.exp(own_logprobs[same]) + math.exp(their_logprobs[same]) - 1.0
+        least = 0.0
+        if same is not None:
+            p, q = math.exp(own_logprobs[same]), math.exp(their_logprobs[same])
+            least = max(abs(p - q), p + q - 1.0)
         end = min(len(own_ids), len(their_ids)) if same is None else same
         gaps = [abs(a - b) for a, b in zip(own_logprobs[:end], their_logprobs[:end], strict=True)]
         drifts.append(max(sum(gaps) / max(len(gaps), 1), least))
     return sum(drifts) / len(drifts)
+
+
+def _read_row(side: Rollouts, row: int) -> tuple[list[int], list[float]]:
+    mask_T = side.completion_mask_BT[row]
+    return side.completion_ids_BT[row][mask_T].tolist(), side.sampling_logprobs_BT[row][mask_T].tolist()
 
 
 def count_changes(model: Any) -> int:

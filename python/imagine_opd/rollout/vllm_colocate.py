@@ -6,7 +6,9 @@ import copy
 import json
 import os
 import random
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +54,7 @@ class ColocateBackend:
         self.view_config = view_config
         self.settings = settings
         self.read_weights = read_weights
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
         self._llm: Any = None
 
     @property
@@ -66,8 +68,8 @@ class ColocateBackend:
         # Before the import: weights are handed to the engine as tensors, which only works in one process.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         vllm = import_vllm()
-        self._folder = tempfile.TemporaryDirectory(prefix="imagine-opd-vllm-")
-        folder = Path(self._folder.name)
+        folder = self._folder = Path(tempfile.mkdtemp(prefix="imagine-opd-vllm-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         on_cpu = get_device(model).type == "cpu"
         write_model_folder(model, self.processor, self.view_config, folder, untie=on_cpu)
         # Not "dummy" weights: vLLM fills what normalises the pixels with noise too, and no reload puts that right.
@@ -84,8 +86,8 @@ class ColocateBackend:
         weights = self.read_weights(model)
         if self.settings.tensor_parallel_size > 1:
             assert self._folder is not None
-            write_weights(weights, Path(self._folder.name), self.dtype)
-            arguments: dict[str, Any] = {"weights_path": self._folder.name}
+            write_weights(weights, self._folder, self.dtype)
+            arguments: dict[str, Any] = {"weights_path": str(self._folder)}
         else:
             arguments = {"weights_iterator": iter(weights.items())}
         with torch.no_grad():

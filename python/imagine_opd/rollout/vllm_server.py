@@ -1,7 +1,7 @@
 """vLLM over HTTP: a server that `vllm serve` runs, asked with token ids and images as images.
 
-Used are `/v1/models`, `/inference/v1/generate` (token ids in and out) and, with VLLM_SERVER_DEV_MODE=1,
-`/collective_rpc` with `reload_weights`, `/sleep` and `/wake_up`.
+Used are `/v1/models`, `/inference/v1/generate` (token ids in and out; `--enable-scale-out`) and, with
+VLLM_SERVER_DEV_MODE=1, `/collective_rpc` with `reload_weights`, `/sleep` and `/wake_up`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from imagine_opd.rollout.vllm_files import write_weights
 from imagine_opd.rollout.vllm_inputs import EngineOutput, EngineRequest
 
 _MOST_CONNECTIONS = 64
-_START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --mm-processor-kwargs ..."
+_START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out"
 GENERATE = "/inference/v1/generate"
 
 
@@ -124,9 +124,10 @@ class ServerBackend:
         try:
             self._ask(GENERATE, body)
         except _RefusedError as error:
-            if error.status == 404:
+            if error.status in (403, 404):
                 raise EngineError(
-                    f"{self.settings.url} has no {GENERATE}: it is no vLLM server, or an old one; expected vllm >= 0.32"
+                    f"{self.settings.url} does not offer {GENERATE} ({error.status}): start vllm >= 0.32 with "
+                    "--enable-scale-out"
                 ) from error
             raise EngineError(
                 f"{self.settings.url} serves {self.model_name!r}, which refuses token {size - 1} of our vocabulary of "
