@@ -31,17 +31,16 @@ FIELDS = {
     "use_cpu": True,
     "bf16": False,
     "use_vllm": True,
-    "vllm_max_model_length": 256,
 }
 MODES = {
-    "colocate": {"vllm_mode": "colocate"},
+    "colocate": {"vllm_mode": "colocate", "vllm_max_model_length": 256},
     "lora": {
         "vllm_mode": "colocate",
         "use_peft": True,
         "lora_r": 8,
         "learning_rate": 3e-2,
     },
-    "sampled_token": {"vllm_mode": "colocate", "distillation_mode": "sampled_token", "temperature": 0.8},
+    "tempered": {"vllm_mode": "colocate", "distillation_mode": "sampled_token", "temperature": 0.8},
     "server": {"vllm_mode": "server"},
 }
 
