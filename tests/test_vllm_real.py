@@ -1,4 +1,4 @@
-"""The tiny model trained for three steps with a real vLLM, in this process and served: needs `vllm` beside the package."""
+"""The tiny model trained for three steps with a real vLLM, in this process and served: needs `vllm` installed."""
 
 from __future__ import annotations
 
