@@ -141,6 +141,23 @@ def test_an_image_is_never_given_the_features_of_another(tmp_path) -> None:
     assert not torch.allclose(found[0], found[1], atol=1e-4)
 
 
+def test_what_the_teacher_made_serves_the_student_where_another_engine_samples(tmp_path) -> None:
+    family = find_family("qwen3_vl")
+    pairs = make_pairs(family, make_rows(), tmp_path)
+    ids = read_token_ids(family.model, family.processor)
+    prompts = [pair.student for pair in pairs]
+    rollouts = HFEngine(ids).generate(family.model, prompts, SamplingConfig(3, 0.0))
+    batch, mask_BT = Batch(pairs, rollouts), rollouts.completion_mask_BT
+    features = VisionFeatures(is_frozen=True, teacher_shares=True)
+    features.expect(prompts)
+    teacher_ND = score_teacher(family.model, batch, mask_BT, ids.pad, features=features)
+    assert features.computed == sum(len(pair.teacher.view.frame_counts) for pair in pairs)
+    shared = score_student(family.model, teacher_ND, batch, mask_BT, ids.pad, features).student_hidden_ND
+    assert features.computed == sum(len(pair.teacher.view.frame_counts) for pair in pairs)
+    plain = score_student(family.model, teacher_ND, batch, mask_BT, ids.pad).student_hidden_ND
+    torch.testing.assert_close(plain, shared, rtol=2e-4, atol=2e-5)
+
+
 def test_method_of_the_model_is_its_own_again_after_an_error(tmp_path) -> None:
     family = find_family("qwen3_vl")
     pairs = make_pairs(family, make_rows(), tmp_path)

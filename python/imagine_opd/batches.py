@@ -25,7 +25,7 @@ from imagine_opd.metrics import StepMetrics
 from imagine_opd.parallel import gather_parameters, sum_over_ranks
 from imagine_opd.privilege import ViewFunction, build_pairs
 from imagine_opd.rewards import RewardFunction, compute_rewards, normalise_rewards
-from imagine_opd.rollout import HFEngine
+from imagine_opd.rollout import HFEngine, RolloutEngine
 from imagine_opd.rollout.finish import join_rollouts
 from imagine_opd.rollout.sampler import mix_seed
 from imagine_opd.settings import make_privilege_config, make_sampling_config
@@ -72,7 +72,7 @@ class BatchBuilder:
     def __init__(
         self,
         processor: Any,
-        engine: HFEngine,
+        engine: RolloutEngine,
         view_config: ViewConfig,
         args: ImagineOPDConfig,
         accelerator: Accelerator,
@@ -85,6 +85,7 @@ class BatchBuilder:
         weights_advice: Sequence[str] = (),
     ) -> None:
         self.processor, self.engine, self.view_config, self.args = processor, engine, view_config, args
+        self.local_engine = HFEngine(engine.token_ids)  # the teacher's own words, and all checks, are the model's
         self.accelerator, self.metrics, self.say = accelerator, metrics, say
         self.privilege_config = make_privilege_config(args)
         self.student_view, self.teacher_view = student_view, teacher_view
@@ -113,7 +114,7 @@ class BatchBuilder:
         prompts = [pair.student for pair in pairs if pair is not None for _ in range(copies)]
         seeds = [mix_seed(self.args.seed, step, places[index], copy) for index in kept for copy in range(copies)]
         self._refuse_empty_steps(len(prompts))
-        rollouts = self.sample(model, prompts, seeds)
+        rollouts = self.sample(model, prompts, seeds, step)
         leaked_BT = self.leak_meter.mark([pair for pair in pairs if pair for _ in range(copies)], rollouts)
         masked_BT = leaked_BT if self.args.leak_action == "mask" else None
         weights_BT = make_token_weights(rollouts, self.engine.token_ids, self.args, masked_BT)
@@ -182,7 +183,7 @@ class BatchBuilder:
             self.teacher_view,
         )
 
-    def sample(self, model: Any, prompts: Sequence[Any], seeds: Sequence[int]) -> Rollouts:
+    def sample(self, model: Any, prompts: Sequence[Any], seeds: Sequence[int], step: int) -> Rollouts:
         """The completions of the prompts, `generation_batch_size` at a time; sharded weights are gathered once."""
         size = self.args.generation_batch_size or max(len(prompts), 1)
         calls = [slice(start, start + size) for start in range(0, len(prompts), size)]
@@ -198,6 +199,7 @@ class BatchBuilder:
             self.metrics.stage("rollout"),
             self.accelerator.autocast(),
             gather_parameters(model) as gathered,
+            self.engine.opened(gathered, step),
         ):
             parts = [self.engine.generate(gathered, prompts[call], self.sampling, seeds[call]) for call in calls]
         # On the host: what is picked and counted of them from here on then never waits for the device.

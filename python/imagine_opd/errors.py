@@ -23,6 +23,10 @@ class TeacherError(ImagineError, RuntimeError):
     """The teacher cannot teach: another vocabulary, dead weights, or it does not see its own view."""
 
 
+class EngineError(ImagineError, RuntimeError):
+    """A rollout engine cannot be used: not reachable, another model, other image sizes, or other weights than ours."""
+
+
 class OutputError(ImagineError, OSError):
     """A folder or file of the run cannot be written."""
 

@@ -24,6 +24,8 @@ def refuse_bad_run(args: ImagineOPDConfig, train_rows: Sequence[Row], eval_rows:
             "teacher_model_kind='ema' cannot follow a student that DeepSpeed ZeRO-3 holds in pieces of its own: "
             "use FSDP2 (configs/accelerate/fsdp2.yaml), or teacher_model_kind='base'"
         )
+    if args.use_vllm:
+        _refuse_vllm_processes(args)
     if str(args.eval_strategy.value) != "no" and eval_rows is None:
         raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs eval_data")
     if eval_rows is not None and not any(row.answer is not None for row in eval_rows):
@@ -40,6 +42,20 @@ def refuse_bad_run(args: ImagineOPDConfig, train_rows: Sequence[Row], eval_rows:
     if args.dataloader_drop_last and len(train_rows) < args.train_batch_size:
         raise ConfigError(
             f"dataloader_drop_last=True with {len(train_rows)} rows and a batch of {args.train_batch_size} leaves none"
+        )
+
+
+def _refuse_vllm_processes(args: ImagineOPDConfig) -> None:
+    parallelism = name_parallelism(args)
+    if parallelism in ("fsdp2", "zero3"):
+        raise ConfigError(
+            f"use_vllm=True: weights that {parallelism} splits over the processes are not sent to vLLM; train with "
+            "DDP, or set use_vllm=False"
+        )
+    if args.vllm_mode == "colocate" and args.world_size > 1:
+        raise ConfigError(
+            f"vllm_mode='colocate' with {args.world_size} processes: each would start an engine among the others' "
+            "process groups; set vllm_mode='server'"
         )
 
 

@@ -126,3 +126,8 @@ def join_sequences(
         **{name: move_to(tensor, device) for name, tensor in inputs.items()},
         **join_pixels(prompts, device, in_full=with_pixels),
     }
+
+
+def pick_tokens(values: torch.Tensor | None, index: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """`values[index]` on `device`: each kept token's own value, or that of its completion."""
+    return None if values is None else move_to(values[index], device)

@@ -69,5 +69,15 @@ def make_sampling_config(args: ImagineOPDConfig) -> SamplingConfig:
         top_k=args.top_k,
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
-        generation_kwargs=args.generation_kwargs or {},
+        generation_kwargs={**_make_cache_kwargs(args), **(args.generation_kwargs or {})},
     )
+
+
+def _make_cache_kwargs(args: ImagineOPDConfig) -> dict[str, Any]:
+    """How `generate` holds keys and values. With a static cache on CUDA it compiles by itself, unless told not to."""
+    if args.rollout_cache_implementation == "dynamic":
+        return {}
+    return {
+        "cache_implementation": args.rollout_cache_implementation,
+        "disable_compile": not args.rollout_compile,
+    }

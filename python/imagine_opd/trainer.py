@@ -25,6 +25,7 @@ from imagine_opd.callbacks import (
 )
 from imagine_opd.compact import move_to
 from imagine_opd.config import ImagineOPDConfig
+from imagine_opd.engines import build_engine
 from imagine_opd.errors import ConfigError
 from imagine_opd.evaluation import evaluate_model
 from imagine_opd.guards import RunGuards
@@ -57,7 +58,7 @@ from imagine_opd.rewards import read_reward_functions
 from imagine_opd.rollout import HFEngine
 from imagine_opd.run_checks import refuse_bad_run, refuse_idle_rewards, refuse_own_folder
 from imagine_opd.run_plan import plan_run, settle_placement
-from imagine_opd.scoring import score_student, score_teacher
+from imagine_opd.scoring import pick_tokens, score_student, score_teacher
 from imagine_opd.settings import make_view_config
 from imagine_opd.step_advantages import add_step_advantages
 from imagine_opd.teacher import MOVING_TEACHER, TeacherReport, build_teacher, refuse_unmergeable
@@ -135,7 +136,7 @@ class ImagineOPDTrainer(RecordedTrainer):
             if args.share_vision_features:
                 tower = self.teacher.list_tower(student)
                 self.features = make_vision_features(student, find_adapter(self.processor).family, tower)
-        self.engine = HFEngine(self.token_ids, self.features, args.share_prefill)
+        self.engine = build_engine(student, args, self.token_ids, self.processor, self.view_config, self.features)
         self.teacher_report: TeacherReport | None = None
         self.step_metrics = StepMetrics(make_clock(args.device))
         self._checks_wait = False
@@ -207,6 +208,8 @@ class ImagineOPDTrainer(RecordedTrainer):
         step = self.state.global_step
         micro_batches, rollouts, total = self.builder.build(self.model_wrapped, batches, step, rows.made)
         self.guards.note_rollouts(micro_batches, rollouts, self.state.global_step + 1)
+        if self.features is not None:
+            self.features.expect([pair.student for batch in micro_batches for pair in batch.prompts])
         micro_batches = plan_parts(micro_batches, self.args, self.say_here)
         if self.objective_config.shapes_advantages:
             stage = self.step_metrics.stage("advantages")
@@ -325,13 +328,19 @@ class ImagineOPDTrainer(RecordedTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         splits = is_sharded(self.model_wrapped)
         if splits:  # a forward of the whole model brings its weights together, none of the tower alone does
-            self.features = self.engine.features = None
+            self.stop_sharing()
         self.teacher.prepare(
             self.args.device, (lambda module: shard_like(module, self.model_wrapped)) if splits else None
         )
         if self._checks_wait:
             self.check_before_training()
         return prepared
+
+    def stop_sharing(self) -> None:
+        """Every forward makes its own image features from here on."""
+        self.features = None
+        if isinstance(self.engine, HFEngine):
+            self.engine.features = None
 
     def load_weights(self, checkpoint: str) -> None:
         """Student and teacher as they are in a checkpoint, to be looked at; nothing else of it is loaded."""
@@ -345,7 +354,7 @@ class ImagineOPDTrainer(RecordedTrainer):
             self.guards.check_packing()
         if self.args.teacher_checks:
             if self.features is not None and not self.guards.check_features(self.features):
-                self.features = self.engine.features = None
+                self.stop_sharing()
             self.run_teacher_checks()
         if self.args.probe_rows and (self.args.teacher_checks or self.args.probe_steps):
             with self.accelerator.autocast():
@@ -387,8 +396,3 @@ class ImagineOPDTrainer(RecordedTrainer):
         if "loss" in logs:
             logs = {**logs, **self.step_metrics.drain(gather_figures)}
         super().log(logs, start_time)
-
-
-def pick_tokens(values: torch.Tensor | None, index: torch.Tensor, device: torch.device) -> torch.Tensor | None:
-    """`values[index]` on `device`: each kept token's own value, or that of its completion."""
-    return None if values is None else move_to(values[index], device)

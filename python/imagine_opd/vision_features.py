@@ -68,19 +68,26 @@ class VisionFeatures:
         """Images that a tower has run on, and below those that were asked for, since `start_step`."""
         self.asked = 0
         self._kept: dict[Key, ImageFeatures] = {}
+        self._expected: set[Key] = set()
         self._form: OutputForm | None = None
 
     def start_step(self) -> None:
         """Forget the features of the last step: views are made anew, and a tower may have moved."""
         self._kept.clear()
+        self._expected.clear()
         self.computed = self.asked = 0
+
+    def expect(self, prompts: Sequence[Prompt]) -> None:
+        """These prompts will be shown to both sides: what is made of their images is kept for the other."""
+        self._expected.update(_name_image(view, index) for view, index in _list_images(prompts))
 
     @contextmanager
     def supply(self, body: nn.Module, prompts: Sequence[Prompt], side: str) -> Iterator[None]:
         """Forwards of `body` inside show exactly the images of `prompts`, in order, with what `join_pixels` gives with
         `in_full=False`.
 
-        side: `rollout`, whose features are kept where the tower is frozen, `student` or `teacher`.
+        side: `rollout`, whose features are kept where the tower is frozen, `student` or `teacher`, of which those of
+        expected images are.
         """
         images = [(_name_image(view, index), view, index) for view, index in _list_images(prompts)]
         if not images:
@@ -116,8 +123,9 @@ class VisionFeatures:
                 del vars(body)["get_image_features"]
             else:
                 vars(body)["get_image_features"] = before
-            if side == "rollout" and self.is_frozen:
-                self._kept.update(made)
+            if shares:
+                kept = made if side == "rollout" else made.keys() & self._expected
+                self._kept.update({key: made[key] for key in kept})
 
 
 def supplying(

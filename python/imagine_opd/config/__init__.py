@@ -17,14 +17,14 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from imagine_opd.config import forwards, guards, objective, privilege, rollout, run, views, weights
+from imagine_opd.config import forwards, guards, objective, privilege, rollout, run, views, vllm, weights
 from imagine_opd.config.checks import refuse_bad_kind
 from imagine_opd.config.recipe import RECIPE_FIELDS, RECIPE_FILE, load_recipe, save_recipe
 from imagine_opd.errors import ConfigError
 
 __all__ = ["RECIPE_FIELDS", "RECIPE_FILE", "ImagineOPDConfig", "build_config", "load_recipe", "save_recipe"]
 
-_PARTS = (weights, objective, rollout, forwards, views, privilege, guards, run)
+_PARTS = (weights, objective, rollout, vllm, forwards, views, privilege, guards, run)
 _CHECKPOINTING = {  # transformers renamed these; a recipe works with either release
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
@@ -41,6 +41,7 @@ class ImagineOPDConfig(
     weights.WeightFields,
     objective.ObjectiveFields,
     rollout.RolloutFields,
+    vllm.VLLMFields,
     forwards.ForwardFields,
     views.ViewFields,
     privilege.PrivilegeFields,
@@ -68,6 +69,7 @@ class ImagineOPDConfig(
 
     def __post_init__(self) -> None:
         objective.read_aliases(self)
+        vllm.settle_is_clip(self)
         refuse_bad_values(self)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "accuracy", True
@@ -102,6 +104,7 @@ def refuse_bad_values(config: ImagineOPDConfig) -> None:
     weights.refuse_bad_weights(config)
     objective.refuse_bad_objective(config)
     rollout.refuse_bad_rollout(config)
+    vllm.refuse_bad_vllm(config)
     views.refuse_bad_views(config)
     privilege.refuse_bad_privilege(config)
     guards.refuse_bad_guards(config)

@@ -19,7 +19,7 @@ ENGINE_KWARGS = frozenset(
 )
 """Keys of `generation_kwargs` that change how they are computed."""
 
-CHOICES: dict[str, tuple[str, ...]] = {}
+CHOICES: dict[str, tuple[str, ...]] = {"rollout_cache_implementation": ("dynamic", "static")}
 RANGES: dict[str, tuple[float, float | None]] = {
     "num_generations": (1, None),
     "generation_batch_size": (1, None),
@@ -40,6 +40,9 @@ class RolloutFields:
     repetition_penalty; generation_kwargs: `typical_p`, `epsilon_cutoff`, `eta_cutoff`, `no_repeat_ngram_size`,
     `min_new_tokens`, `suppress_tokens`, and how `generate` caches and compiles; generation_batch_size: completions
     sampled in one call (`None`: all of a step).
+    rollout_cache_implementation: `dynamic`, keys and values grow with the completion; `static`, room for the longest is
+    taken at once, which a compiled forward needs. rollout_compile: with `static` on CUDA, `generate` compiles the
+    model's forward (its first call takes minutes).
     """
 
     num_generations: int = field(default=1, metadata={"help": "Completions per row (paper: 1)."})
@@ -51,6 +54,8 @@ class RolloutFields:
     min_p: float | None = field(default=None, metadata={"help": "Minimum probability relative to the top token."})
     repetition_penalty: float = field(default=1.0, metadata={"help": "1: off."})
     generation_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "More GenerationConfig fields."})
+    rollout_cache_implementation: str = field(default="dynamic", metadata={"help": "dynamic or static."})
+    rollout_compile: bool = field(default=False, metadata={"help": "Compile the forward (static cache, CUDA)."})
 
 
 def refuse_bad_rollout(config: ImagineOPDConfig) -> None:
@@ -62,3 +67,11 @@ def refuse_bad_rollout(config: ImagineOPDConfig) -> None:
                 f"generation_kwargs: {name!r} is unknown, has a field of its own, or does not go with sampling of one "
                 f"token at a time; expected {known}"
             )
+    if config.rollout_compile and config.rollout_cache_implementation != "static":
+        raise ConfigError("rollout_compile=True needs a cache of one size: set rollout_cache_implementation='static'")
+    doubled = {"cache_implementation", "disable_compile"} & set(config.generation_kwargs or {})
+    if doubled and config.rollout_cache_implementation != "dynamic":
+        raise ConfigError(
+            f"generation_kwargs: {min(doubled)!r} beside rollout_cache_implementation="
+            f"{config.rollout_cache_implementation!r} says it twice; leave one out"
+        )

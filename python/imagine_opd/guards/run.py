@@ -34,7 +34,14 @@ from imagine_opd.memory_advice import (
     read_memory_gib,
     read_pass,
 )
-from imagine_opd.metrics import CompletionLogger, CompletionSample, TokenClassifier, make_thumbnails, note_kl
+from imagine_opd.metrics import (
+    CompletionLogger,
+    CompletionSample,
+    TokenClassifier,
+    make_thumbnails,
+    note_kl,
+    note_mismatch,
+)
 from imagine_opd.models import get_head, paused, run_inside
 from imagine_opd.packing import describe_packing, refuse_unpackable
 from imagine_opd.parallel import gather_parameters, sum_over_ranks
@@ -106,7 +113,7 @@ class RunGuards:
         pairs = [pair for pair in self.builder.build_pairs([rows[i] for i in range(count)]) if pair is not None]
         if not pairs:
             raise RowError(f"none of the first {count} rows can be used; see the messages above")
-        engine, sampling = self.builder.engine, self.builder.sampling
+        engine, sampling = self.builder.local_engine, self.builder.sampling
         explained = self.explained_check("the teacher checks before step 0", lambda: pairs)
         with explained, self.trainer.accelerator.autocast():
             report = check_teacher(model, self.teacher, pairs, engine, sampling, self.args.seed, expect_identical)
@@ -137,7 +144,7 @@ class RunGuards:
                 self.builder.view_config,
                 self.builder.privilege_config,
                 module,
-                self.builder.engine,
+                self.builder.local_engine,
                 self.args.max_completion_length,
                 self.builder.student_view,
                 self.builder.teacher_view,
@@ -291,8 +298,12 @@ class RunGuards:
         lengths_B = batch.rollouts.completion_mask_BT.sum(dim=1)
         classes_BT = self.classifier.classify(batch.rollouts.completion_ids_BT, batch.rollouts.completion_mask_BT)
         note_kl(self.metrics, stats.reverse_kl_N, classes_BT[active_BT], position_N, lengths_B[row_N])
-        drift_N = (stats.student_logprob_N - batch.rollouts.sampling_logprobs_BT[active_BT]).abs()
+        sampled_N = batch.rollouts.sampling_logprobs_BT[active_BT]
+        drift_N = (stats.student_logprob_N - sampled_N).abs()
         self.metrics.add_mean("rollout_drift", float(drift_N.sum()), len(drift_N))
+        if self.args.use_vllm:
+            bounds = self.trainer.objective_config.ratio_bounds
+            note_mismatch(self.metrics, stats.student_logprob_N, sampled_N, bounds)
 
     def _note_means(self, result: Objective) -> None:
         stats = result.stats

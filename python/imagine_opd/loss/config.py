@@ -35,3 +35,10 @@ class ObjectiveConfig:
     def shapes_advantages(self) -> bool:
         """Whether advantages depend on all tokens of the step, so that `Scores.advantages_N` must be given."""
         return self.whiten_advantages or self.advantage_baseline == "position"
+
+    @property
+    def ratio_bounds(self) -> tuple[float, float]:
+        """Where the importance ratio of a sampled token is clipped: below and above."""
+        if self.distillation_mode == "sampled_token":
+            return 1.0 - self.epsilon, 1.0 + self.epsilon_high
+        return 0.0, float("inf") if self.distillation_is_clip is None else self.distillation_is_clip

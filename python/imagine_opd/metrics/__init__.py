@@ -2,6 +2,7 @@
 
 from imagine_opd.metrics.clock import make_clock
 from imagine_opd.metrics.completions import CompletionLogger, CompletionSample
+from imagine_opd.metrics.sampling import note_mismatch
 from imagine_opd.metrics.step import StepMetrics, describe_times
 from imagine_opd.metrics.thumbnails import make_thumbnails
 from imagine_opd.metrics.token_classes import ANSWER, TokenClassifier, classify_tokens, note_kl
@@ -17,4 +18,5 @@ __all__ = [
     "make_clock",
     "make_thumbnails",
     "note_kl",
+    "note_mismatch",
 ]

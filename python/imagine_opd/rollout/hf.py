@@ -36,6 +36,11 @@ class HFEngine:
         self.features = features
         self.share_prefill = share_prefill
 
+    @contextmanager
+    def opened(self, model: Any, step: int) -> Iterator[None]:
+        """Nothing to do: the model itself samples."""
+        yield
+
     def generate(
         self,
         model: Any,

@@ -1,0 +1,199 @@
+"""vLLM over HTTP against a small server that speaks its protocol: payloads, probes, weight files, error sentences."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from imagine_opd.errors import EngineError
+from imagine_opd.rollout.vllm_inputs import EngineOutput, EngineRequest
+from imagine_opd.rollout.vllm_server import GENERATE, ServerBackend, ServerSettings
+
+VOCABULARY = 57
+
+
+class Server:
+    """Answers as `vllm serve` does. `requests` holds what came, `missing` the paths that it lacks."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, dict]] = []
+        self.missing: set[str] = set()
+        self.vocabulary, self.logprob, self.delay_s = VOCABULARY, -0.25, 0.0
+        self.max_model_length = 256
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer(200, {"data": [{"id": "tiny", "max_model_len": outer.max_model_length}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append((self.path, body))
+                time.sleep(outer.delay_s)
+                if self.path in outer.missing:
+                    return self.answer(404, {"detail": "Not Found"})
+                if self.path != GENERATE:
+                    return self.answer(200, {})
+                if max(body["token_ids"]) >= outer.vocabulary:
+                    return self.answer(400, {"error": "token id is out of vocabulary"})
+                content = [{"token_id": 9, "logprob": outer.logprob}, {"token_id": 2, "logprob": outer.logprob}]
+                choice = {"token_ids": [9, 2], "logprobs": {"content": content}}
+                return self.answer(200, {"choices": [choice], "prompt_token_ids": body["token_ids"]})
+
+            def answer(self, status: int, body: dict) -> None:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps(body).encode())
+
+            def log_message(self, *args) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+def make_backend(server: Server, is_main: bool = True, **fields) -> ServerBackend:
+    settings = ServerSettings(url=server.url, timeout_s=5.0, **fields)
+    return ServerBackend(settings, lambda model: model.state_dict(), is_main, lambda: None)
+
+
+def test_request_carries_token_ids_and_the_image_without_loss(server):
+    image = np.arange(16 * 32 * 3, dtype=np.uint8).reshape(16, 32, 3)
+    backend = make_backend(server)
+    backend.model_name = "tiny"
+    request = EngineRequest((7, 3, 5, 4), (image,), ("name",))
+    params = {"max_tokens": 3, "seed": 8, "logit_bias": {5: -100.0}, "detokenize": False, "stop_token_ids": None}
+    outputs = backend.complete([request, request], [params, {**params, "seed": 9}], "salt")
+    assert outputs == [EngineOutput((7, 3, 5, 4), (9, 2), (-0.25, -0.25))] * 2
+    bodies = sorted((body for _, body in server.requests), key=lambda body: body["sampling_params"]["seed"])
+    (part,) = bodies[0].pop("content_parts")
+    sampling = {"max_tokens": 3, "seed": 8, "logit_bias": {"5": -100.0}, "detokenize": False}
+    assert bodies[0] == {
+        "model": "tiny", "token_ids": [7, 3, 5, 4], "sampling_params": sampling, "cache_salt": "salt",
+        "return_token_ids": True,
+    }  # fmt: skip
+    assert (part["type"], part["uuid"]) == ("image_url", "salt-name")
+    head, encoded = part["url"].split(",")
+    assert head == "data:image/png;base64"
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))), image)
+
+
+def test_weights_are_written_whole_and_the_server_told_to_read_them(server, tmp_path):
+    model = torch.nn.Linear(3, 2)
+    assert make_backend(server, sync_folder=tmp_path / "new", dtype=torch.bfloat16).send_weights(model)
+    command = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "new")}}
+    assert server.requests == [("/collective_rpc", command)]
+    written = load_file(tmp_path / "new" / "model.safetensors")
+    assert torch.equal(written["weight"], model.weight.detach().to(torch.bfloat16))
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["model.safetensors"]
+
+
+def test_a_process_that_is_not_the_main_one_sends_nothing(server, tmp_path):
+    backend = make_backend(server, is_main=False, sync_folder=tmp_path / "new")
+    assert backend.send_weights(torch.nn.Linear(3, 2))
+    backend.sleep()
+    backend.wake()
+    assert server.requests == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_server_that_keeps_its_weights_is_not_told_to_reload(server):
+    backend = make_backend(server)
+    assert backend.send_weights(torch.nn.Linear(3, 2)) is False
+    backend.sleep()
+    assert [path for path, _ in server.requests] == ["/sleep?level=1"]
+
+
+def test_start_finds_model_vocabulary_and_log_probs(server, tiny):
+    backend = make_backend(server)
+    backend.start(tiny.model)
+    assert (backend.model_name, backend.max_model_length) == ("tiny", 256)
+    assert [body["token_ids"] for _, body in server.requests] == [[VOCABULARY - 1], [VOCABULARY], [0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "message"),
+    [
+        ({"missing": {GENERATE}}, {}, "vllm >= 0.32 with --enable-scale-out"),
+        ({"vocabulary": 50}, {}, "refuses token 56 of our vocabulary of 57"),
+        ({"vocabulary": 60}, {}, "larger than our 57"),
+        ({}, {"temperature": 0.7}, "--logprobs-mode processed_logprobs"),
+        ({"logprob": 0.0}, {"is_shaped": True}, "--logprobs-mode raw_logprobs"),
+    ],
+    ids=["old", "smaller", "larger", "raw", "processed"],
+)
+def test_a_server_that_does_not_fit_is_refused_with_the_fix(server, tiny, changes, fields, message):
+    for name, value in changes.items():
+        setattr(server, name, value)
+    with pytest.raises(EngineError, match=message):
+        make_backend(server, **fields).start(tiny.model)
+
+
+def test_processed_log_probs_fit_a_temperature(server, tiny):
+    server.logprob = 0.0
+    make_backend(server, temperature=0.7).start(tiny.model)
+
+
+def test_a_server_without_weight_sync_is_refused_with_both_ways_out(server, tmp_path):
+    server.missing = {"/collective_rpc"}
+    with pytest.raises(EngineError, match=r"VLLM_SERVER_DEV_MODE=1.*vllm_server_sync='none'"):
+        make_backend(server, sync_folder=tmp_path).send_weights(torch.nn.Linear(3, 2))
+
+
+def test_an_unreachable_server_is_named_with_its_url_and_timeout(tiny):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    backend = ServerBackend(ServerSettings(url, 5.0), lambda model: {}, True, lambda: None)
+    with pytest.raises(EngineError, match=rf"answers at {url}/v1/models .*waited up to 5 s"):
+        backend.start(tiny.model)
+
+
+def test_a_slow_server_is_given_up_after_the_timeout(server, tiny):
+    server.delay_s = 1.0
+    backend = ServerBackend(ServerSettings(server.url, 0.2), lambda model: {}, True, lambda: None)
+    with pytest.raises(EngineError, match=r"timed out; waited up to 0.2 s"):
+        backend.start(tiny.model)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_sent(server, tiny):
+    backend = make_backend(server)
+    backend.max_model_length = 20
+    with pytest.raises(EngineError, match=r"takes 20 tokens.*--max-model-len"):
+        backend.complete([EngineRequest((7,) * 10, (), ())], [{"max_tokens": 11}], "salt")
+    assert server.requests == []
+
+
+def test_weights_that_cannot_be_written_name_the_folder(server, tmp_path):
+    from imagine_opd.errors import OutputError
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="set vllm_sync_dir"):
+        make_backend(server, sync_folder=Path(tmp_path, "file")).send_weights(torch.nn.Linear(3, 2))
