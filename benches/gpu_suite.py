@@ -5,6 +5,7 @@
 Each stage is a process of its own with a time limit; a stage that fails or runs late leaves the others their results.
 Writes into DIR: summary.md, <device>.json (what is kept as benches/baselines/<device>.json), benches.json
 (pytest-benchmark's), sweep.json, tuning.json, tests.log and suite.log. Exit code 1 if a stage or a test failed.
+`--step-seconds 280` adds whole optimizer steps of a 4B model, and step.json; `--stages step` runs that stage alone.
 `--cpu` runs all of it at tiny shapes without a GPU, to try the script out.
 """
 
@@ -32,17 +33,25 @@ if str(ROOT) not in sys.path:
 from benches import KERNEL_BENCHES  # noqa: E402
 from benches.environment import name_file  # noqa: E402
 from benches.packages import SetupError, list_stale_kernels, make_environment  # noqa: E402
+from benches.step_table import read_kept  # noqa: E402
+from benches.step_table import render_page as render_step  # noqa: E402
 from benches.table import Row, render_left_out, render_markdown, render_text  # noqa: E402
 
 SECONDS = 300.0
 LAST_SECONDS = 10.0
 """Kept for the report."""
+LATE_SECONDS = 60.0
+"""How late the last case of the step may end."""
 
-STAGE_SECONDS = {"environment": 30.0, "ceilings": 30.0, "tests": 90.0, "sweep": 70.0, "benches": 520.0}
-"""The most a stage may take; the benches get what is left. On an H200 they took 5, 6, 60, 46 and 150 seconds."""
+STAGE_SECONDS = {"environment": 30.0, "ceilings": 30.0, "tests": 90.0, "sweep": 70.0, "step": 520.0, "benches": 520.0}
+"""The most a stage may take; the step gets what the command line gives it, the benches what is left. On an H200 all but
+the step took 5, 6, 60, 46 and 150 seconds."""
 
 TEST_PROCESSES = 4
 """Most of the tests' time is compiling kernels."""
+
+STEP_CPU_SECONDS = 240.0
+"""Of the step without a GPU, where it is not said."""
 
 
 @dataclass
@@ -69,13 +78,22 @@ class Suite:
     on_cpu: bool
     end: float
     chosen: tuple[str, ...] = tuple(STAGE_SECONDS)
+    step_s: float = 0.0
+    """For the stage `step`; 0 leaves it out."""
     stages: list[Stage] = field(default_factory=list)
 
-    def run(self, name: str, arguments: list[str], log: str = "suite.log", keep_s: float = LAST_SECONDS) -> Stage:
+    def run(
+        self,
+        name: str,
+        arguments: list[str],
+        log: str = "suite.log",
+        keep_s: float = LAST_SECONDS,
+        limit_s: float | None = None,
+    ) -> Stage:
         """Run `python arguments` as a stage, if it was chosen, and append what it says to a log."""
         if name not in self.chosen:
             return Stage(name, 0.0, "passed")
-        limit_s = min(STAGE_SECONDS[name], self.end - time.monotonic() - keep_s)
+        limit_s = min(limit_s or STAGE_SECONDS[name], self.end - time.monotonic() - keep_s)
         if limit_s < 1.0:
             return self.close(Stage(name, 0.0, "skipped: no time left"))
         started = time.monotonic()
@@ -120,9 +138,23 @@ class Suite:
 
 def run_stages(suite: Suite) -> None:
     """In the order in which one needs another: tuning comes before the benches that use it."""
-    tiny = ["tiny"] if suite.on_cpu else []
     suite.run("environment", ["-m", "benches.environment", str(suite.work / "environment.json")])
+    run_ceilings(suite)
+    run_tests(suite)
+    run_sweep(suite)
+    if suite.step_s:
+        run_step(suite)
+    run_benches(suite)
+
+
+def run_ceilings(suite: Suite) -> None:
+    """What the device can do."""
+    tiny = ["tiny"] if suite.on_cpu else []
     suite.run("ceilings", ["-m", "benches.ceilings", str(suite.work / "ceilings.json"), *tiny])
+
+
+def run_tests(suite: Suite) -> None:
+    """Those with the marker `gpu`."""
     tests = ["-m", "pytest", *find_gpu_tests(), "-m", "gpu", "-q", "-p", "no:cacheprovider"]
     # pytest-benchmark warns beside xdist, and warnings of other releases of torch are no failures of a kernel.
     tests += ["-p", "no:benchmark", "-o", "filterwarnings=default"]
@@ -130,11 +162,25 @@ def run_stages(suite: Suite) -> None:
         tests += ["-n", str(TEST_PROCESSES)]
     suite.run("tests", [*tests, f"--junitxml={suite.work / 'tests.xml'}"], log="tests.log")
 
+
+def run_sweep(suite: Suite) -> None:
+    """Launch shapes of the kernels."""
     sweep_s = max(1.0, min(STAGE_SECONDS["sweep"], suite.seconds_left()) - 20.0)
     sweep = ["-m", "benches.sweep", str(suite.work), "--seconds", f"{sweep_s:.0f}"]
     # Off the GPU the winners mean nothing and are published nowhere.
     suite.run("sweep", [*sweep, "--tiny" if suite.on_cpu else "--publish"])
 
+
+def run_step(suite: Suite) -> None:
+    """Whole optimizer steps beside their peers; a case begins only if one as long as the longest so far fits."""
+    level = "gpu-tiny" if suite.on_cpu else "gpu"
+    step = ["-m", "benches.step_plan", "--level", level, "--output", str(suite.work / "step.json")]
+    seconds = min(suite.step_s, suite.seconds_left())
+    suite.run("step", [*step, "--seconds", f"{max(1.0, seconds):.0f}"], limit_s=seconds + LATE_SECONDS)
+
+
+def run_benches(suite: Suite) -> None:
+    """Kernels and their peers, with what time is left."""
     # Views have no part on a GPU.
     benches = ["-m", "pytest", *KERNEL_BENCHES, "--benchmark", "-p", "no:cacheprovider"]
     benches += ["--bench-shapes", "tiny" if suite.on_cpu else "target"]
@@ -180,6 +226,7 @@ def collect(suite: Suite, commit: str) -> dict[str, Any]:
         "tuning": (suite.read_json("sweep.json") or {}).get("tuning"),
         "rows": [entry["row"] for entry in entries if "row" in entry],
         "left_out": [entry["left_out"] for entry in entries if "left_out" in entry],
+        "step": suite.read_json("step.json"),
         "stages": [asdict(stage) for stage in suite.stages],
     }
 
@@ -207,6 +254,8 @@ def render_summary(found: dict[str, Any]) -> str:
     parts.append("\n".join(f"- {s['name']}: {s['outcome']}, {s['seconds']:.0f} s" for s in found["stages"]))
     parts.append(render_markdown(rows) if rows else "No bench has ended.")
     parts.append(render_left_out(tuple(pair) for pair in found["left_out"]).replace("left out", "- left out"))
+    if found["step"]:
+        parts += ["## Steps", render_step(read_kept(found["step"]))]
     if found["tuning"]:
         parts.append(f"Tuning: `{json.dumps(found['tuning'])}`")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -215,7 +264,7 @@ def render_summary(found: dict[str, Any]) -> str:
 def write_report(suite: Suite, commit: str) -> dict[str, Any]:
     """All files but the logs; the table on the screen."""
     found = collect(suite, commit)
-    for name in ("benches.json", "sweep.json", "tuning.json"):
+    for name in ("benches.json", "sweep.json", "tuning.json", "step.json"):
         if (suite.work / name).is_file():
             shutil.copy(suite.work / name, suite.output / name)
     text = json.dumps(found, indent=1)
@@ -244,7 +293,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGE_SECONDS, default=list(STAGE_SECONDS), help="default: all")
     parser.add_argument("--commit", default=None, help="where the tree has no history to ask")
     parser.add_argument("--cpu", action="store_true", help="tiny shapes, no GPU")
+    parser.add_argument(
+        "--step-seconds", type=float, help="for whole steps of a 4B model (default: none; with --cpu 240)"
+    )
     options = parser.parse_args(arguments)
+    if options.step_seconds is None:
+        options.step_seconds = STEP_CPU_SECONDS if options.cpu else 0.0
     end = time.monotonic() + options.seconds
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -255,7 +309,9 @@ def main(arguments: list[str] | None = None) -> int:
         except SetupError as failure:
             print(failure, file=sys.stderr)
             return 1
-        suite = Suite(options.output.resolve(), work, environment, options.cpu, end, tuple(options.stages))
+        suite = Suite(
+            options.output.resolve(), work, environment, options.cpu, end, tuple(options.stages), options.step_seconds
+        )
         run_stages(suite)
         write_report(suite, options.commit or find_commit())
     return 0 if all(stage.passed for stage in suite.stages) else 1

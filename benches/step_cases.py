@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,6 +64,8 @@ class StepCase:
     """`full`: all weights of the language model; `lora`: an adapter on it. The vision tower is frozen in both."""
     views: str = "crops"
     """`crops`: the teacher also sees the boxes' crops; `same`: it sees what the student sees."""
+    cache: str = "dynamic"
+    """Of `generate`, for every peer: `dynamic`, or `static`, which transformers compiles on a GPU."""
     gradient_checkpointing: bool = False
     learning_rate: float = 1e-6
     weight_std: float = 0.02
@@ -281,7 +284,10 @@ def add_adapter(model: Any) -> Any:
     # One module name in a layer, never the vision tower's.
     names = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     torch.manual_seed(1)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=names))
+    with warnings.catch_warnings():
+        # Peft asks transformers for a setting by its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=names))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)

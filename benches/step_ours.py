@@ -11,6 +11,7 @@ import torch
 from benches.step_cases import StepCase, build_model, build_processor, make_rows
 from benches.step_worker import MOST_STEPS, Link, Turns, find_device
 from imagine_opd import ImagineOPDConfig, ImagineOPDTrainer
+from imagine_opd.config import build_config
 
 _NAMES = {"step": "backward"}
 """Forward and backward together in the trainer; without the stages inside of it, the backward pass is left."""
@@ -19,20 +20,19 @@ _NAMES = {"step": "backward"}
 def make_config(case: StepCase, folder: str, **changes: Any) -> ImagineOPDConfig:
     """The case as a run's settings; what a run does only at its start or end is off."""
     fields: dict[str, Any] = {
-        "output_dir": folder,
         "per_device_train_batch_size": case.micro_rows,
         "gradient_accumulation_steps": case.accumulation,
         "generation_batch_size": case.micro_rows,
         "max_steps": MOST_STEPS,
         "max_completion_length": case.new_tokens,
         "teacher_view": "crops" if case.views == "crops" else "whole",
+        "generation_kwargs": None if case.cache == "dynamic" else {"cache_implementation": case.cache},
         "box_margin": 0.0,
         "min_crop_px": 1,
         "learning_rate": case.learning_rate,
         "freeze_vision": True,
         "bf16": case.dtype == "bfloat16",
-        "gradient_checkpointing": case.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if case.gradient_checkpointing else None,
+        **({"activation_checkpointing": True} if case.gradient_checkpointing else {}),
         "train_sampling_strategy": "sequential",
         "teacher_checks": False,
         "probe_rows": 0,
@@ -44,7 +44,7 @@ def make_config(case: StepCase, folder: str, **changes: Any) -> ImagineOPDConfig
         "teacher_placement": "device",
         **changes,
     }
-    return ImagineOPDConfig(**fields)
+    return build_config(folder, fields)
 
 
 def run(case: StepCase, link: Link, folder: Path) -> None:

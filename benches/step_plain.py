@@ -29,16 +29,12 @@ class PlainLoop:
 
     Args:
         teacher: a frozen copy of the model; `None`: the model without its adapter.
-        cache: of `generate`: `dynamic` or `static`.
         keeps: `all`: logits at every position, as the model's forward gives them; `completion`: only where the loss
             is, by `logits_to_keep`.
     """
 
-    def __init__(
-        self, case: StepCase, model: Any, teacher: Any, processor: Any, cache: str = "dynamic", keeps: str = "all"
-    ) -> None:
-        self.case, self.model, self.teacher, self.processor = case, model, teacher, processor
-        self.cache, self.keeps = cache, keeps
+    def __init__(self, case: StepCase, model: Any, teacher: Any, processor: Any, keeps: str = "all") -> None:
+        self.case, self.model, self.teacher, self.processor, self.keeps = case, model, teacher, processor, keeps
         self.device = next(model.parameters()).device
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=case.learning_rate, weight_decay=0.01, fused=True)
@@ -71,7 +67,7 @@ class PlainLoop:
             del student_logits_BTV, teacher_logits_BTV
             with stage("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss)
+            total += float(loss.detach())
         with stage("update"):
             torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
             self.before_update()
@@ -123,7 +119,7 @@ class PlainLoop:
                     temperature=1.0,
                     top_k=0,
                     max_new_tokens=self.case.new_tokens,
-                    cache_implementation=None if self.cache == "dynamic" else self.cache,
+                    cache_implementation=None if self.case.cache == "dynamic" else self.case.cache,
                 )
             found.append(ids_BL[:, inputs["input_ids"].shape[1] :])
         return torch.cat(found)

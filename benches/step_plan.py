@@ -80,8 +80,10 @@ LEVELS: dict[str, Callable[[], list[Planned]]] = {
 def plan_gpu(name: str, rounds: int) -> list[Planned]:
     """The most telling first: time on a device is short."""
     adapter, full, same = plan_peers(name, rounds)
+    static = make_case(name, trains="lora", cache="static")
     return [
         *(Planned("peers", part.label, part.case, ("ours", PLAIN), rounds) for part in (adapter, full)),
+        Planned("peers", "LoRA, static cache", static, ("ours", PLAIN), rounds),
         same,
         *(part for part in plan_growth(name, ("ours", PLAIN)) if part.group == "crops"),
     ]

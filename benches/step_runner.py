@@ -38,7 +38,6 @@ GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
 PEER_OPTIONS: dict[str, tuple[str, ...]] = {
     "ours": ("--peer", "ours"),
     "plain": ("--peer", "plain"),
-    "plain, static cache": ("--peer", "plain", "--cache", "static"),
     "plain, completion logits": ("--peer", "plain", "--keeps", "completion"),
     "trl": ("--peer", "trl"),
 }
@@ -229,10 +228,12 @@ def warm_up(peer: Peer, case: StepCase, folder: Path, compared: bool) -> Agreeme
 def take_turns(
     peers: Mapping[str, Peer], rounds: int, say: Callable[[str], None], time_ours: TimeOurs
 ) -> dict[str, Measured]:
-    """Every other round in the opposite order; without rounds the step whose memory is counted is timed too."""
+    """Every other round in the opposite order. The last step of each counts its memory, and is a round itself where
+    counting changes nothing (on a GPU) or no other is asked for."""
     found = {name: Measured() for name in peers}
+    counts_last = torch.cuda.is_available() or not rounds
     order = list(peers)
-    for _ in range(rounds):
+    for _ in range(rounds - 1 if rounds and counts_last else rounds):
         for name in order:
             found[name].answers.append(peers[name].step())
             say(f"{name}: {describe(found[name].answers[-1])}")
@@ -241,7 +242,7 @@ def take_turns(
         step = partial(peers[name].step, memory=True)
         answer = time_ours(step) if name == OURS else step()
         found[name].peak_mib, found[name].held_mib = answer["peak_mib"], answer["held_mib"]
-        if not rounds:
+        if counts_last:
             found[name].answers.append(answer)
         say(f"{name}: {describe(answer)}, peak {answer['peak_mib']:,.0f} MiB above {answer['held_mib']:,.0f}")
     return found
@@ -272,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peer", nargs="+", choices=PEER_OPTIONS, default=["ours", "plain"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="keeps pictures and logs; default: a temporary one")
-    for name in ("trains", "views"):
+    for name in ("trains", "views", "cache"):
         parser.add_argument(f"--{name}")
     for name in ("crops", "new_tokens", "vocabulary", "rows", "micro_rows", "max_pixels"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)

@@ -99,10 +99,16 @@ STEP_RESULTS = pytest.StashKey[StepResults]()
 
 def read_results(path: Path) -> StepResults:
     """Of a kept run."""
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    return read_kept(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_kept(kept: dict[str, Any]) -> StepResults:
+    """Of a kept run's JSON."""
     rows = [StepRow(**row) for row in kept["rows"]]
     left_out = [(name, reason) for name, reason in kept["left_out"]]
-    return StepResults(kept["environment"].get("cpu", "CPU"), kept["level"], kept["on_gpu"], rows, left_out)
+    environment = kept["environment"]
+    device = environment["device" if kept["on_gpu"] else "cpu"]
+    return StepResults(device, kept["level"], kept["on_gpu"], rows, left_out)
 
 
 def find_ours(rows: Iterable[StepRow], row: StepRow) -> StepRow | None:

@@ -49,6 +49,7 @@ def make_config(case: StepCase, folder: str) -> Any:
         gradient_accumulation_steps=case.accumulation,
         max_steps=MOST_STEPS,
         max_completion_length=case.new_tokens,
+        cache_implementation=None if case.cache == "dynamic" else case.cache,
         beta=1.0,  # reverse KL
         learning_rate=case.learning_rate,
         weight_decay=0.01,

@@ -124,7 +124,6 @@ class Meter:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device) / 2**20
             return
@@ -201,8 +200,10 @@ def run_plain(case: StepCase, link: Link, folder: Path, options: argparse.Namesp
     processor = build_processor(case)
     model = build_model(case, processor, device)
     teacher = build_model(case, processor, device).requires_grad_(False).eval() if case.trains == "full" else None
-    loop = PlainLoop(case, model, teacher, processor, options.cache, options.keeps)
+    loop = PlainLoop(case, model, teacher, processor, options.keeps)
     rows = make_rows(case, folder, MOST_STEPS)
+    if case.cache == "static":
+        loop.generate(loop.make_inputs(rows[: case.rows])[0])  # compiles, where there is something to compile for
     meter, clock, number = Meter(device), Clock(device), 0
     link.answer(ready=True)
     while (command := link.read())["do"] == "step":
@@ -257,7 +258,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peer", choices=PEERS, required=True)
     parser.add_argument("--case", type=json.loads, required=True, help="the fields of a StepCase as JSON")
     parser.add_argument("--folder", type=Path, required=True, help="for pictures and the run's folder")
-    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="of the plain peer")
     parser.add_argument("--keeps", choices=("all", "completion"), default="all", help="logits of the plain peer")
     options = parser.parse_args(arguments)
     fields = {**options.case, "picture": tuple(options.case["picture"])}
@@ -267,6 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
         PEERS[options.peer](StepCase(**fields), link, options.folder, options)
     except LookupError as reason:
         link.answer(left_out=str(reason.args[0]))
+        link.read()
     return 0
 
 

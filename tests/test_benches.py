@@ -429,14 +429,26 @@ def test_gpu_suite_runs_every_stage_without_a_gpu(tmp_path):
     done = run("benches/gpu_suite.py", "--cpu", "--output", str(tmp_path), "--commit", "abc")
     assert done.returncode == 0, done.stdout + (tmp_path / "suite.log").read_text()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names >= {"summary.md", "benches.json", "sweep.json", "tuning.json", "tests.log", "suite.log"}
-    assert len(names) <= 8
+    known = {"summary.md", "benches.json", "sweep.json", "tuning.json", "step.json", "tests.log", "suite.log"}
+    assert names >= known
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
-    (device,) = names - {"summary.md", "benches.json", "sweep.json", "tuning.json", "tests.log", "suite.log"}
+    (device,) = names - known
     kept = json.loads((tmp_path / device).read_text())
-    assert [stage["outcome"] for stage in kept["stages"]] == ["passed"] * 5
+    assert [stage["outcome"] for stage in kept["stages"]] == ["passed"] * 6
+    assert {row["peer"] for row in kept["step"]["rows"]} >= {"ours", "plain"}
+    assert "| LoRA, 2 crops | plain |" in (tmp_path / "summary.md").read_text()
     assert kept["commit"] == "abc"
     assert {row["kernel"] for row in kept["rows"]} == {"token_stats", "linear_token_stats"}
     assert kept["ceilings"]["copy_gb_per_s"] > 0
     assert "| token_stats: fused |" in (tmp_path / "summary.md").read_text()
     assert table.read_bytes() == before, "a run without a GPU must not touch the tuning table"
+
+
+@pytest.mark.slow
+def test_gpu_suite_runs_the_step_alone_within_its_seconds(tmp_path):
+    done = run("benches/gpu_suite.py", "--cpu", "--stages", "environment", "step", "--step-seconds", "1", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + (tmp_path / "suite.log").read_text()
+    found = json.loads((tmp_path / "step.json").read_text())
+    assert {row["case"] for row in found["rows"]} == {"LoRA, 2 crops"}  # begun within the second, and let end
+    assert all(reason == "no time left of 1 s" for _, reason in found["left_out"])
+    assert len(found["left_out"]) == 6
