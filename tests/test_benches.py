@@ -446,7 +446,17 @@ def test_gpu_suite_runs_every_stage_without_a_gpu(tmp_path):
 
 @pytest.mark.slow
 def test_gpu_suite_runs_the_step_alone_within_its_seconds(tmp_path):
-    done = run("benches/gpu_suite.py", "--cpu", "--stages", "environment", "step", "--step-seconds", "1", "--output", str(tmp_path))
+    done = run(
+        "benches/gpu_suite.py",
+        "--cpu",
+        "--stages",
+        "environment",
+        "step",
+        "--step-seconds",
+        "1",
+        "--output",
+        str(tmp_path),
+    )
     assert done.returncode == 0, done.stdout + (tmp_path / "suite.log").read_text()
     found = json.loads((tmp_path / "step.json").read_text())
     assert {row["case"] for row in found["rows"]} == {"LoRA, 2 crops"}  # begun within the second, and let end
