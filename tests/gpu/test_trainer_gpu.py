@@ -74,7 +74,7 @@ def test_a_step_on_the_gpu_equals_the_cpus(tiny: Any, make_rows: Any, tmp_path: 
     there = make_trainer(tiny, rows, tmp_path / "gpu", kernel_backend="triton", **fields)
     here = make_trainer(tiny, rows, tmp_path / "cpu", use_cpu=True, **fields)
     micro_batches, total = there.get_batch_samples(iter([rows]), 1, there.accelerator.device)
-    assert micro_batches[0].rollouts.completion_ids_BT.is_cuda
+    assert all(parameter.is_cuda for parameter in there.model.parameters())
     loss, gradients = take_gradients(there, micro_batches, total)
     wanted_loss, wanted = take_gradients(here, [move(batch, "cpu") for batch in micro_batches], total.cpu())
     assert loss == pytest.approx(wanted_loss, rel=1e-3, abs=1e-6)
@@ -108,3 +108,44 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny: Any, make_row
     assert max(float((tensor - start[name]).abs().max()) for name, tensor in ends.items()) > 1e-4
     for name, tensor in resumed.model.state_dict().items():
         torch.testing.assert_close(tensor, ends[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+SWITCHES = ("share_vision_features", "share_prefill", "prefetch_views")
+
+
+@pytest.mark.parametrize("fields", [{"freeze_vision": True}, {"use_peft": True, "lora_r": 4}], ids=["full", "adapter"])
+def test_switches_of_speed_change_no_gradient(tiny: Any, make_rows: Any, tmp_path: Path, fields: Any) -> None:
+    rows, answers = make_rows(4), []
+    for is_on in (False, True):
+        switches = dict.fromkeys(SWITCHES, is_on)
+        trainer = make_trainer(tiny, rows, tmp_path / str(is_on), num_generations=2, **fields, **switches)
+        micro_batches, total = trainer.get_batch_samples(iter([rows]), 1, trainer.accelerator.device)
+        answers.append((micro_batches[0].rollouts.completion_ids_BT, *take_gradients(trainer, micro_batches, total)))
+    assert trainer.features is not None
+    assert trainer.features.is_frozen
+    (plain_ids, plain_loss, plain), (ids, loss, found) = answers
+    assert torch.equal(plain_ids, ids)
+    assert loss == pytest.approx(plain_loss, rel=1e-3, abs=1e-6)
+    assert_close_gradients(found, plain)
+
+
+def test_packed_forwards_give_the_gradients_of_padded_ones(tiny: Any, make_rows: Any, tmp_path: Path) -> None:
+    rows, answers = make_rows(4), []
+    for packed in (False, True):
+        trainer = make_trainer(tiny, rows, tmp_path / str(packed), padding_free=packed)
+        micro_batches, total = trainer.get_batch_samples(iter([rows]), 1, trainer.accelerator.device)
+        answers.append(take_gradients(trainer, micro_batches, total))
+    assert answers[1][0] == pytest.approx(answers[0][0], rel=1e-3, abs=1e-6)
+    assert_close_gradients(answers[1][1], answers[0][1])
+
+
+def test_stages_are_timed_by_the_device(tiny: Any, make_rows: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny, make_rows(8), tmp_path)
+    trainer.train()
+    logs = [line for line in trainer.state.log_history if "step_time" in line]
+    assert logs
+    for line in logs:
+        parts = [line[f"time/{name}_s"] for name in ("rollout", "step", "update", "idle")]
+        assert sum(parts) == pytest.approx(line["step_time"], rel=1e-3)
+        assert all(part >= 0 for part in parts)
+        assert line["time/teacher_s"] + line["time/student_s"] + line["time/backward_s"] <= line["time/step_s"] * 1.001
