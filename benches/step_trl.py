@@ -21,8 +21,8 @@ from imagine_opd.types import Row
 
 try:
     from trl import DistillationConfig, DistillationTrainer
-except ImportError as error:  # TRL itself, or `datasets`, which it imports
-    raise LookupError(f"trl cannot be imported: {error}") from error
+except (ImportError, RuntimeError) as error:  # TRL tells of a package that it misses by a RuntimeError
+    raise LookupError(f"trl cannot be imported: {str(error).splitlines()[-1]}") from error
 
 
 class Prompts(torch.utils.data.Dataset):  # type: ignore[type-arg]
