@@ -131,6 +131,25 @@ def test_a_stage_of_another_thread_does_not_move_the_clock():
     assert set(clock.stop()["stages"]) == {"other", "front"}
 
 
+def test_what_another_thread_does_between_two_steps_is_in_the_cpu_time_of_the_second():
+    def burn(seconds):
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    clock = Clock(CPU)
+    clock.start()
+    clock.stop()
+    burn(0.1)  # the peer's own preparation of the next step: no part of it
+    thread = threading.Thread(target=burn, args=(0.2,))
+    thread.start()
+    thread.join()
+    clock.start()
+    found = clock.stop()
+    assert 0.19 < found["cpu_s"] < 0.28
+    assert found["seconds"] < 0.1
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is counted by Linux")
 def test_meter_counts_the_peak_above_what_was_held():
     held = torch.ones(8 * 2**20)  # 32 MiB
