@@ -99,3 +99,16 @@ def test_thread_begins_again_after_it_was_closed():
     ahead.close()
     assert ahead.take(iter(Loader(2)), 1, more=False).made.result()[0] == [0, 1]
     ahead.close()
+
+
+def test_an_error_of_reading_ahead_waits_until_its_rows_are_due():
+    def read():
+        yield [0, 1]
+        raise OSError("the disk is gone")
+
+    ahead = Lookahead(list, lambda: False)
+    source = read()
+    assert ahead.take(source, 1, more=True).batches == [[0, 1]]
+    with pytest.raises(OSError, match="the disk is gone"):
+        ahead.take(source, 1, more=True)
+    ahead.close()

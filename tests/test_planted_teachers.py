@@ -124,8 +124,8 @@ def inherit_positions(trainer) -> None:
 
 FAULTS = [
     (kill, "copy", "the teacher is uniform: entropy"),
-    (black_out_pixels, "copy", "the teacher's pixels of image 0 are all zero: it would learn blind"),
-    (black_out_pixels, "adapter_off", "the teacher's pixels of image 0 are all zero: it would learn blind"),
+    (black_out_pixels, "copy", "the teacher's pixels of all 3 prompts are all zero: it would learn blind"),
+    (black_out_pixels, "adapter_off", "the teacher's pixels of all 3 prompts are all zero: it would learn blind"),
     (lose_vision_weights, "copy", "the teacher is blind: its hidden states stay as they are"),
     (lose_vision_weights, "own", "the teacher is blind: its hidden states stay as they are"),
     (lose_vision_weights, "adapter_off", "the student is blind: its hidden states stay as they are"),

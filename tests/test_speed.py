@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_trainer import largest_difference, make_trainer, read_metrics, weights_of
+from peft import LoraConfig
+from test_trainer import RUN, largest_difference, make_trainer, read_metrics, weights_of
 
-from imagine_opd import vision_features
+from imagine_opd import ImagineOPDTrainer, vision_features
+from imagine_opd.config import build_config
+from imagine_opd.models.peft_models import add_adapter
 
 FAST = {"share_vision_features": True, "share_prefill": True, "prefetch_views": True}
 RUNS = {
@@ -113,6 +116,35 @@ def test_features_that_are_not_the_models_own_are_found_before_step_0(tiny, make
     mixed.train()
     assert mixed.features is mixed.engine.features is None
     assert "share_vision_features is off: with shared image features the teacher's" in capsys.readouterr().out
+
+
+def test_teacher_with_an_adapter_of_its_own_is_looked_into(tiny, make_rows, tmp_path):
+    own = add_adapter(copy.deepcopy(tiny.model), LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    trainer = make_trainer(tiny, make_rows(4), tmp_path, teacher=own, freeze_vision=True)
+    assert trainer.features.teacher_shares
+
+
+def test_adapter_inside_the_tower_is_not_shared_with_a_teacher_without_it(tiny, make_rows, tmp_path):
+    student = add_adapter(copy.deepcopy(tiny.model), LoraConfig(r=2, target_modules=["q_proj", "qkv"]))
+    for name, parameter in student.named_parameters():
+        if "visual" in name:
+            parameter.requires_grad_(False)
+    args = build_config(tmp_path, {**RUN})
+    trainer = ImagineOPDTrainer(student, args, make_rows(4), processor=tiny.processor)
+    assert trainer.teacher.placement == "adapter_off"
+    assert trainer.features.is_frozen
+    assert not trainer.features.teacher_shares
+
+
+def test_run_shorter_than_a_log_says_where_its_time_went(tiny, make_rows, tmp_path, capsys):
+    train(tiny, make_rows(8), tmp_path, logging_steps=50)
+    assert "a step took" in capsys.readouterr().out
+
+
+def test_no_features_are_held_between_steps(tiny, make_rows, tmp_path):
+    _, logs, trainer = train(tiny, make_rows(8), tmp_path, freeze_vision=True)
+    assert not trainer.features._kept
+    assert all(line["vision/shared"] > 0.4 for line in logs)
 
 
 @pytest.mark.parametrize("kind", ["ema", "live"])

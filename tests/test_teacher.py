@@ -15,7 +15,7 @@ from imagine_opd.errors import TeacherError
 from imagine_opd.models.access import read_token_ids
 from imagine_opd.privilege import PrivilegeConfig, build_prompts
 from imagine_opd.rollout import HFEngine, SamplingConfig
-from imagine_opd.teacher.checks import TeacherReport, check_teacher, refuse_blind_prompt
+from imagine_opd.teacher.checks import TeacherReport, check_teacher, refuse_blind_prompt, refuse_blind_prompts
 from imagine_opd.teacher.load import build_teacher
 from imagine_opd.views import make_views
 
@@ -94,6 +94,12 @@ def test_blind_prompt_is_stopped(pairs):
     dark = dataclasses.replace(crop.view, pixel_values=half)
     with pytest.raises(TeacherError, match="teacher's pixels of image 1 are all zero"):
         refuse_blind_prompt(dataclasses.replace(crop, view=dark), "teacher")
+    levels = np.zeros((36, 192), dtype=np.uint8)  # a black image is one; nothing but black is not
+    night = dataclasses.replace(prompt, view=dataclasses.replace(prompt.view, pixel_values=levels))
+    day = dataclasses.replace(prompt, view=dataclasses.replace(prompt.view, pixel_values=levels + np.uint8(1)))
+    refuse_blind_prompts([night, day], "student")
+    with pytest.raises(TeacherError, match="student's pixels of all 2 prompts are all zero"):
+        refuse_blind_prompts([night, night], "student")
     lost = (0,) * len(prompt.mm_token_type_ids)
     with pytest.raises(TeacherError, match="holds 0 image tokens"):
         refuse_blind_prompt(dataclasses.replace(prompt, mm_token_type_ids=lost), "teacher")

@@ -44,19 +44,26 @@ class Lookahead(Generic[Made]):
         self._pool: ThreadPoolExecutor | None = None
         self._source: Iterator[list[Row]] | None = None
         self._next: StepRows[Made] | None = None
+        self._failed: Exception | None = None
 
     def take(self, source: Iterator[list[Row]], count: int, more: bool) -> StepRows[Made]:
         """The next `count` micro-batches of `source`; where `more` are to come, those after them are begun."""
         rows = self._next if self._source is source else None
         self._source, self._next = source, None
+        if self._failed is not None:  # while these rows were read ahead
+            failed, self._failed = self._failed, None
+            raise failed
         rows = rows or self._read(source, count)
         if more and self._is_on and not rows.is_last:
-            self._next = self._read(source, count)
+            try:
+                self._next = self._read(source, count)
+            except Exception as error:  # of whatever dataset: this step has its rows
+                self._failed = error
         return rows
 
     def close(self) -> None:
         """Let the thread end; what it has begun is dropped."""
-        self._source = self._next = None
+        self._source = self._next = self._failed = None
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None

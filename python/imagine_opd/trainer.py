@@ -302,7 +302,8 @@ class ImagineOPDTrainer(RecordedTrainer):
             loss = step_parts(self.accelerator, model, inputs, step)
             self.guards.settle_step(model, self.optimizer, loss, inputs)
         self.step_metrics.begin("update")  # ends with the step
-        return loss
+        # The guard has noted one that is not finite; asked for by the Trainer, each step would wait for the device.
+        return torch.where(torch.isfinite(loss), loss, 0.0)
 
     # before, during, after
 
@@ -320,6 +321,7 @@ class ImagineOPDTrainer(RecordedTrainer):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             self.lookahead.close()
+        self.step_metrics.drain()  # what no log has shown counts too
         if times := describe_times(self.step_metrics.run_seconds, self.step_metrics.run_steps):
             self.say_once(times)
         return output

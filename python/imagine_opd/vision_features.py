@@ -69,13 +69,17 @@ class VisionFeatures:
         self.asked = 0
         self._kept: dict[Key, ImageFeatures] = {}
         self._expected: set[Key] = set()
-        self._form: OutputForm | None = None
+        self._forms: dict[type, OutputForm] = {}
 
     def start_step(self) -> None:
         """Forget the features of the last step: views are made anew, and a tower may have moved."""
+        self.clear()
+        self.computed = self.asked = 0
+
+    def clear(self) -> None:
+        """Let go of all that is kept."""
         self._kept.clear()
         self._expected.clear()
-        self.computed = self.asked = 0
 
     def expect(self, prompts: Sequence[Prompt]) -> None:
         """These prompts will be shown to both sides: what is made of their images is kept for the other."""
@@ -106,14 +110,16 @@ class VisionFeatures:
                 views = list(missing.values())
                 inputs = join_view_pixels(prompts[0].family, views, _find_device(args, kwargs))
                 rest = {name: value for name, value in kwargs.items() if name not in inputs and name != PIXELS}
-                output = original(**inputs, **rest)
-                self._form = read_form(output)
+                # Of a frozen tower no graph: hooks for activation checkpointing would hang one on its input.
+                with torch.no_grad() if self.is_frozen else nullcontext():
+                    output = original(**inputs, **rest)
+                self._forms[type(body)] = read_form(output)
                 made.update(zip(missing, split_features(output, views), strict=True))
             self.asked += len(images)
             self.computed += len(missing)
             known = {**known, **made}
-            assert self._form is not None
-            return join_features([known[key] for key, _, _ in images], self._form)
+            form = self._forms.get(type(body)) or next(iter(self._forms.values()))
+            return join_features([known[key] for key, _, _ in images], form)
 
         vars(body)["get_image_features"] = get_image_features
         try:
@@ -204,8 +210,8 @@ def has_same_weights(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) ->
 
 
 def _is_same(left: Tensor, right: Tensor) -> bool:
-    if left is right:
-        return True
+    if left is right or (not left.is_meta and left.data_ptr() == right.data_ptr() and left.shape == right.shape):
+        return left.dtype == right.dtype
     if left.is_meta or right.is_meta or left.dtype != right.dtype or left.shape != right.shape:
         return False
     return torch.equal(left, right.to(left.device))

@@ -65,6 +65,7 @@ class ImagineOPDConfig(
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per step (4 x 8 = 32)."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "A loader yields rows, not tensors."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "It waits for the device; guards see to it."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are passed whole; must stay False."})
 
     def __post_init__(self) -> None:

@@ -154,9 +154,10 @@ class RunGuards:
     def check_features(self, features: VisionFeatures) -> bool:
         """Whether both sides get from shared image features what they would make themselves; says so where not."""
         rows, model, token_ids = self.trainer.train_dataset, self.trainer.model_wrapped, self.builder.engine.token_ids
-        pairs = [pair for pair in self.builder.build_pairs([rows[0]]) if pair is not None]
+        count = min(self.args.teacher_check_rows, len(rows))
+        pairs = [pair for pair in self.builder.build_pairs([rows[i] for i in range(count)]) if pair is not None][:1]
         if not pairs:
-            return True  # a run without a usable row ends with a sentence of its own
+            return True  # the teacher checks end a run without a usable row with a sentence of their own
         features.start_step()
         explained = self.explained_check("the check of shared image features", lambda: pairs, None)
         with explained, self.trainer.accelerator.autocast():
@@ -167,8 +168,8 @@ class RunGuards:
         features.start_step()
         self.metrics.clear()  # as for the checks below
         if told:
-            self.trainer.say_once(told)
-        return not told
+            self.trainer.say_here(told)
+        return not sum_over_ranks({"differ": float(bool(told))})["differ"]  # all processes share, or none
 
     def check_packing(self) -> None:
         """Says how packed sequences are kept apart, and raises `ConfigError` where they are not."""
@@ -327,6 +328,9 @@ class RunGuards:
             is_counted = found is not None and self.trainer.args.process_index == 0  # all processes leave it out
             self.metrics.add_total("nonfinite_steps", float(is_counted))
             self.read_objectives()
+            if (features := self.trainer.features) is not None:
+                self.metrics.add_mean("vision/shared", features.asked - features.computed, features.asked)
+                features.clear()
 
     @contextmanager
     def explained_batch(self, batch: MicroBatch) -> Iterator[None]:

@@ -19,6 +19,10 @@ class Clock:
         """From one mark to a later one."""
         return float(end - begin)
 
+    def is_past(self, mark: Any) -> bool:
+        """Whether a mark has come to pass."""
+        return True
+
     def settle(self) -> None:
         """To be called before `seconds`: waits until the last mark has come to pass."""
 
@@ -42,11 +46,15 @@ class DeviceClock(Clock):
         """See `Clock.seconds`."""
         return float(begin.elapsed_time(end)) / 1000.0
 
+    def is_past(self, mark: Any) -> bool:
+        """See `Clock.is_past`."""
+        return bool(mark.query())
+
     def settle(self) -> None:
         """See `Clock.settle`."""
         torch.cuda.synchronize(self.device)
 
 
 def make_clock(device: torch.device) -> Clock:
-    """The clock of a device."""
+    """The clock of a device. Of other devices than CUDA's the host's, which there tells when work was asked for."""
     return DeviceClock(device) if device.type == "cuda" else Clock()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +32,7 @@ class StepMetrics:
         self._maxima: dict[str, float] = {}
         self._minima: dict[str, float] = {}
         self._seconds: dict[str, float] = defaultdict(float)
-        self._spans: list[tuple[str, Any, Any]] = []
+        self._spans: deque[tuple[str, Any, Any]] = deque()
         self._open: dict[str, Any] = {}
 
     def add_mean(self, name: str, total: float, count: float = 1.0) -> None:
@@ -69,6 +69,7 @@ class StepMetrics:
         """The optimizer has stepped; what is done between steps (logs, checkpoints, evaluation) is no part of one."""
         self.finish("update")
         self._spans.append(("step_time", self._step_started, self.clock.mark()))
+        self._fold_spans()  # those of earlier steps, as a rule: a log may be many steps away
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -108,13 +109,16 @@ class StepMetrics:
             figures["time/idle_share"] = figures["time/idle_s"] / figures["step_time"]
         return dict(sorted(figures.items()))
 
-    def _read_clock(self) -> None:
-        if not self._spans:
-            return
-        self.clock.settle()
-        for name, begin, end in self._spans:
+    def _fold_spans(self) -> None:
+        """Add the spans that have come to pass, without a wait."""
+        while self._spans and self.clock.is_past(self._spans[0][2]):
+            name, begin, end = self._spans.popleft()
             self._seconds[name] += self.clock.seconds(begin, end)
-        self._spans = []
+
+    def _read_clock(self) -> None:
+        if self._spans:
+            self.clock.settle()
+            self._fold_spans()
         if "step_time" in self._seconds:
             busy = sum(self._seconds.get(f"time/{name}_s", 0.0) for name in BUSY_STAGES)  # these do not overlap
             self._seconds["time/idle_s"] = max(0.0, self._seconds["step_time"] - busy)
@@ -126,6 +130,9 @@ def describe_times(run_seconds: Mapping[str, float], steps: int) -> str:
     if not steps or whole <= 0.0:
         return ""
     shown = [(label, sum(run_seconds.get(f"time/{name}_s", 0.0) for name in names)) for label, names in _SHOWN]
+    waited = run_seconds.get("time/views_s", 0.0)
+    shown.append(("waiting for views", waited))
+    shown.append(("for the host besides", max(0.0, run_seconds.get("time/idle_s", 0.0) - waited)))
     parts = [f"{label} {spent / steps:.3g} s ({spent / whole:.0%})" for label, spent in shown if spent > 0.0]
     beside = run_seconds.get("time/views_background_s", 0.0)
     more = f"; views made beside them took {beside / steps:.3g} s" if beside else ""
@@ -137,8 +144,6 @@ _SHOWN = (
     ("teacher", ("teacher",)),
     ("student", ("student", "loss", "backward")),
     ("update", ("update",)),
-    ("views waited for", ("views",)),
-    ("device idle", ("idle",)),
 )
 _JOINS: tuple[Callable[[list[float]], float], ...] = (sum, sum, sum, max, min, max)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from imagine_opd.models import fit_inputs, get_base, get_body
+from imagine_opd.pixel_inputs import PIXELS
 from imagine_opd.types import Prompt
 
 # B completions, P different prompts, L prompt tokens
@@ -40,7 +41,9 @@ def fill_cache(model: Any, inputs_PL: dict[str, torch.Tensor], places_B: Sequenc
     name = name_cache(get_base(model))
     cache = DynamicCache(config=get_base(model).config.get_text_config(decoder=True))
     inputs = {key: value[:, :-1] if key in _TOKENS else value for key, value in inputs_PL.items()}
-    if not hasattr(body, "get_rope_index"):  # which makes positions of its own; others would count the padding
+    if hasattr(body, "rope_deltas"):
+        body.rope_deltas = None  # of another forward
+    if not hasattr(body, "get_rope_index") or PIXELS not in inputs:  # else it makes positions of its own
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
     body(**fit_inputs(body, inputs), use_cache=True, **{name: cache})
     places = torch.tensor(places_B, device=inputs_PL["input_ids"].device)

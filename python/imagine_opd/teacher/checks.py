@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -86,13 +87,11 @@ def check_teacher(
     greedy = SamplingConfig(sampling.max_completion_length, temperature=0.0)
     try:
         with gather_parameters(student) as whole:
-            for pair in pairs:
-                refuse_blind_prompt(pair.student, "student", whole)
+            refuse_blind_prompts([pair.student for pair in pairs], "student", whole)
             rollout_drift = measure_rollout_drift(whole, [pair.student for pair in pairs], engine, sampling, seed)
         with teacher.gathered(student) as module:
             size = len(get_head(module).weight_VD)
-            for pair in pairs:
-                refuse_blind_prompt(pair.teacher, "teacher", module)
+            refuse_blind_prompts([pair.teacher for pair in pairs], "teacher", module)
             own = engine.generate(module, [pair.teacher for pair in pairs], greedy)
             if not own.completion_mask_BT.any():
                 raise TeacherError(f"the teacher wrote nothing for {len(pairs)} probe rows: its first token is an end")
@@ -146,6 +145,18 @@ def measure_image_effect(model: Any, prompts: Sequence[Prompt], rollouts: Rollou
         return float((seen_ND - other_ND).abs().max() / seen_ND.abs().max().clamp_min(1e-30))
 
 
+def refuse_blind_prompts(prompts: Sequence[Prompt], side: str, model: Any = None) -> None:
+    """`refuse_blind_prompt` of each; and where pixels are bytes, of which zeros may be a black image, of all together:
+    raise `TeacherError` when none of them holds anything else."""
+    for prompt in prompts:
+        refuse_blind_prompt(prompt, side, model)
+    if prompts and not any(prompt.view.pixel_values.any() for prompt in prompts):
+        raise TeacherError(
+            f"the {side}'s pixels of all {len(prompts)} prompts are all zero: it would learn blind; check the images "
+            "and views"
+        )
+
+
 def refuse_blind_prompt(prompt: Prompt, side: str, model: Any = None) -> None:
     """Raise `TeacherError` when a prompt's pixels are absent, all zero, or do not match its image tokens, nor, where a
     model is given, the features that it makes of each image."""
@@ -156,7 +167,7 @@ def refuse_blind_prompt(prompt: Prompt, side: str, model: Any = None) -> None:
         raise TeacherError(f"the {side}'s grid says {sum(counts)} {unit}, its pixels hold {len(view.pixel_values)}")
     start = 0
     for index, count in enumerate(counts):
-        if not view.pixel_values[start : start + count].any():
+        if view.pixel_values.dtype != np.uint8 and not view.pixel_values[start : start + count].any():
             raise TeacherError(
                 f"the {side}'s pixels of image {index} are all zero: it would learn blind; check the images and views"
             )

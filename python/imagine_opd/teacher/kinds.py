@@ -63,8 +63,11 @@ class Teacher(ABC):
         return student
 
     def list_tower(self, student: nn.Module) -> dict[str, Tensor]:
-        """The weights of the vision tower and projector that the teacher's forward reads, by name."""
-        return dict(list_tower(get_base(student)))
+        """The weights of the vision tower and projector that the teacher's forward reads, by name; empty where an
+        adapter inside of them is on for the student and off for the teacher."""
+        tower = list_tower(get_base(student))
+        is_adapted = any(".base_layer." in name or ".modules_to_save." in name for name in tower)
+        return {} if is_adapted and self.kind != "live" else dict(tower)
 
     @contextmanager
     def gathered(self, student: nn.Module) -> Iterator[Any]:
@@ -215,8 +218,9 @@ class HeldTeacher(Teacher):
 
     def list_tower(self, student: nn.Module) -> dict[str, Tensor]:
         """See `Teacher.list_tower`."""
-        weights = self.get_weights()
-        return {name: weights[name] for name in list_tower(get_base(self.module))}
+        held = self._held or {}
+        values = {id(p): held.get(name, p.data) for name, p in self.module.named_parameters()}
+        return {name: values[id(p)] for name, p in list_tower(get_base(self.module)).items()}
 
     def get_weights(self) -> dict[str, Tensor]:
         """Every weight by parameter name, wherever it is held now."""

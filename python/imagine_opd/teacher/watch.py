@@ -21,7 +21,7 @@ from imagine_opd.models import get_head
 from imagine_opd.positions import own_positions
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.scoring import score_side
-from imagine_opd.teacher.checks import refuse_blind_prompt
+from imagine_opd.teacher.checks import refuse_blind_prompts
 from imagine_opd.types import Prompt, PromptPair, Rollouts
 
 # N response tokens
@@ -107,9 +107,8 @@ def check_teacher_again(
 
 def refuse_blind_batch(pairs: Sequence[PromptPair]) -> None:
     """Raise `TeacherError` when a prompt of a step carries pixels that are absent, zero or not its image tokens'."""
-    for pair in pairs:
-        refuse_blind_prompt(pair.student, "student")
-        refuse_blind_prompt(pair.teacher, "teacher")
+    refuse_blind_prompts([pair.student for pair in pairs], "student")
+    refuse_blind_prompts([pair.teacher for pair in pairs], "teacher")
 
 
 def refuse_drift(drift: float, step: int) -> None:
