@@ -39,7 +39,8 @@ class PlainLoop:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=case.learning_rate, weight_decay=0.01, fused=True)
         if case.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.before_update: Callable[[], None] = lambda: None
 
     def step(

@@ -32,8 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Relative, of the loss; both sides sum in fp32, in another order."""
-GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
-"""|ours - theirs| / |theirs| of a parameter's gradient."""
+GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
+"""|ours - theirs| / |theirs| of a parameter's gradient; in bf16 that of a KL between close models is a difference of
+nearly equal numbers."""
 
 PEER_OPTIONS: dict[str, tuple[str, ...]] = {
     "ours": ("--peer", "ours"),
