@@ -2,7 +2,7 @@
 
 The processor makes each view, `generate` samples, both forwards give logits, `F.kl_div` compares them over the
 vocabulary, and AdamW steps. Nothing is wasted on purpose: an image is opened once a row, the teacher runs without
-gradient, the optimizer is the fused one, and generation takes the faster of transformers' caches.
+gradient, the optimizer is the fused one, and generation takes the case's cache.
 """
 
 # B rows, L prompt tokens, T completion tokens, V vocabulary
