@@ -23,6 +23,9 @@ from benches.step_cases import StepCase, make_case
 from benches.step_runner import Agreement, Measured, PeerError, TimeOurs, run_peers
 from benches.step_table import StepResults, StepRow
 
+GROWTH = {"crops": "crops: {}", "new_tokens": "new tokens: {}", "vocabulary": "vocabulary: {:,}"}
+"""How a case of each group is called."""
+
 PLAIN, LEAN, TRL = "plain", "plain, completion logits", "trl"
 
 
@@ -64,7 +67,7 @@ def plan_growth(name: str, peers: tuple[str, ...] = ("ours", PLAIN, LEAN)) -> li
     }.items():
         for value in values:
             case = make_case(name, trains="lora", **{group: value})
-            found.append(Planned(group, f"{value:,} {group.replace('_', ' ')}", case, peers, 0))
+            found.append(Planned(group, f"LoRA, {GROWTH[group].format(value)}", case, peers, 0))
     return found
 
 

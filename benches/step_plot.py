@@ -71,13 +71,14 @@ def draw(results: StepResults, path: Path) -> None:
                     panel.plot(curve.values, values, "o-", markersize=3.5, color=COLORS[curve.peer], label=curve.peer)
             panels[1][column].set_xlabel(label)
             for panel in panels[:, column]:
-                panel.set_ylim(bottom=0)
                 panel.grid(alpha=0.3)
                 panel.spines[["top", "right"]].set_visible(False)
         panels[0][0].set_ylabel("outside generation\n(ours with 3 crops = 1)")
         panels[1][0].set_ylabel("peak above what\nis held, MiB")
-        panels[0][0].legend(frameon=False)
-        figure.tight_layout()
+        for panel in panels[:, 0]:
+            panel.set_ylim(bottom=0)  # of the whole row, once all of it is drawn
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="upper center", ncols=len(COLORS), frameon=False)
+        figure.tight_layout(rect=(0, 0, 1, 0.94))
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         pyplot.close(figure)
 
