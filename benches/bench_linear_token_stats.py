@@ -21,7 +21,7 @@ from benches.peers import LINEAR_KL_PEERS, LINEAR_POLICY_PEERS, LINEAR_RECOMPUTE
 from benches.problems import Answer, LinearProblem, make_linear_problem, solve_linear
 from benches.shapes import DTYPES, LINEAR_SHAPES, LinearShape, choose_size, name_dtype
 from benches.table import OURS, Work
-from imagine_opd.kernels import TokenStats, linear_token_stats, slabs
+from imagine_opd.kernels import TokenStats, linear_token_stats
 
 # Peers warn as they please; ours runs under warnings as errors in tests/.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -60,15 +60,6 @@ def compute_kl(problem: LinearProblem, min_memory: bool = False, chunk_rows: int
         chunk_rows=chunk_rows,
     )
     return collect(problem, stats) | {"kl": stats.reverse_kl_N}
-
-
-def compute_kl_by_head_kernel(problem: LinearProblem) -> Answer:
-    """With statistics from the kernel that multiplies, instead of slabs of cuBLAS products."""
-    slabs.USES_HEAD_KERNEL = True
-    try:
-        return compute_kl(problem, min_memory=True)
-    finally:
-        slabs.USES_HEAD_KERNEL = False
 
 
 def compute_policy(problem: LinearProblem) -> Answer:
@@ -145,6 +136,4 @@ def test_kl_with_least_memory(
         OURS: partial(compute_kl, problem, min_memory=True),
         "ours, in chunks": partial(compute_kl, problem),
     }
-    if runner.device.type == "cuda":  # the twins have no such kernel
-        ours["ours, head kernel"] = partial(compute_kl_by_head_kernel, problem)
     run_case(benchmark, runner, "KL, frozen head, least memory", shape, problem, ours, LINEAR_RECOMPUTE_PEERS)

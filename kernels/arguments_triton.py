@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from typing import Any
 
 import torch
@@ -18,11 +17,6 @@ COMPILE_OPTIONS = {"enable_fp_fusion": True}
 """Fusion of multiply and add is asked for by name: Triton is about to change the default and warns until one does."""
 
 POLICIES = {"clamp": CLAMP.value, "drop": DROP.value, "inf": INF.value}
-
-
-def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def make_rows_dense(side: Logits) -> Logits:

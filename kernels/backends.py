@@ -33,16 +33,13 @@ class Backend(NamedTuple):
     compute_state: Callable[..., Tensor]
     finish_state: Callable[..., Tensor]
     scale: Callable[[Tensor, Tensor], Tensor]
-    compute_head_state: Callable[..., Tensor] | None
-    """State of whole rows from hidden states and heads in one kernel; `None`: by slabs."""
 
 
 @functools.cache
 def load_backend(name: str) -> Backend:
     """The backend called "triton" or "reference"; Triton is imported here and nowhere earlier."""
     module: Any = importlib.import_module(f"imagine_opd.kernels.{_MODULES[name]}")
-    functions: list[Any] = [getattr(module, field, None) for field in Backend._fields]
-    return Backend(*functions)
+    return Backend(*(getattr(module, field) for field in Backend._fields))
 
 
 def choose_backend(name: BackendName, tensors: dict[str, torch.Tensor]) -> str:

@@ -13,7 +13,6 @@ from imagine_opd.kernels.arguments_triton import (
     COMPILE_OPTIONS,
     POLICIES,
     choose_load_columns,
-    is_interpreted,
     list_mixture,
     list_side_arguments,
     list_temperatures,
@@ -25,21 +24,12 @@ from imagine_opd.kernels.arguments_triton import (
 )
 from imagine_opd.kernels.both_triton import both_kernel, scale_kernel
 from imagine_opd.kernels.gradient_triton import gradient_kernel
-from imagine_opd.kernels.head_triton import head_state_kernel
-from imagine_opd.kernels.linear import LinearPlan, Side
 from imagine_opd.kernels.merge_triton import merge_kernel
 from imagine_opd.kernels.rows_triton import stats_kernel
 from imagine_opd.kernels.second_look_triton import second_look_kernel
 from imagine_opd.kernels.types import STATE_ROWS, TABLE_ROWS, Logits, StatsSpec
 
 MERGE_ROWS = 128
-
-HEAD_TILE = {"BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_D": 64, "NUM_STAGES": 3, "num_warps": 8}
-"""Of `head_state_kernel`: with two fp32 tiles of 128 x 128 instead it would spill registers."""
-HEAD_TILE_CROWDED = {**HEAD_TILE, "BLOCK_N": 64}
-"""With the forward KL, a bias or a softcap, which need more registers."""
-HEAD_TILE_FP32 = {"BLOCK_N": 32, "BLOCK_V": 64, "BLOCK_D": 32, "NUM_STAGES": 2, "num_warps": 4}
-"""For fp32 operands, whose products do not run on tensor cores."""
 
 
 def compute_stats(
@@ -331,52 +321,3 @@ def scale(gradient: Tensor, factor: Tensor) -> Tensor:
             gradient, factor.contiguous(), gradient.numel(), BLOCK=block, num_warps=8, **COMPILE_OPTIONS
         )
     return gradient
-
-
-def compute_head_state(student: Side, teacher: Side | None, ids_N: Tensor, plan: LinearPlan) -> Tensor:
-    """Partial states [P, 11, N] of whole rows from hidden states and heads."""
-    rows, device = student.hidden_ND.shape[0], ids_N.device
-    other, spec = teacher or student, plan.spec
-    is_fp32 = torch.float32 in (student.hidden_ND.dtype, other.hidden_ND.dtype)
-    is_crowded = spec.forward_kl or any(side.bias_V is not None or side.softcap for side in (student, other))
-    head_tile = HEAD_TILE_FP32 if is_fp32 else HEAD_TILE_CROWDED if is_crowded else HEAD_TILE
-    row_blocks = triton.cdiv(rows, head_tile["BLOCK_N"])
-    tiles = triton.cdiv(plan.vocabulary, head_tile["BLOCK_V"])
-    processors = tuning.count_multiprocessors(device) if device.type == "cuda" else 4
-    # Four waves of programs, so that the last one is a small part of the whole.
-    tiles_per_part = triton.cdiv(tiles, min(tiles, tuning.choose_parts(4 * processors, row_blocks)))
-    parts = triton.cdiv(tiles, tiles_per_part)
-    states = torch.empty(parts, STATE_ROWS, rows, dtype=torch.float32, device=device)
-    if rows == 0:
-        return states
-    sides = [
-        side._replace(hidden_ND=side.hidden_ND.contiguous(), weight_VD=side.weight_VD.contiguous())
-        for side in (student, other)
-    ]
-    logits = [Logits(side.hidden_ND, side.bias_V, side.scale, side.softcap) for side in sides]
-    with on_device(device):
-        head_state_kernel[(row_blocks, parts)](
-            *(
-                tensor
-                for side in sides
-                for tensor in (side.hidden_ND, side.weight_VD, side.hidden_ND if side.bias_V is None else side.bias_V)
-            ),
-            ids_N.contiguous(),
-            states,
-            rows,
-            *(tensor.stride(0) for side in sides for tensor in (side.hidden_ND, side.weight_VD)),
-            *(side.scale for side in sides),
-            *(side.softcap for side in sides),
-            *list_temperatures(spec),
-            V=plan.vocabulary,
-            D=student.hidden_ND.shape[1],
-            TEACHER_D=other.hidden_ND.shape[1],
-            TILES=tiles_per_part,
-            **head_tile,
-            **name_flags(logits[0], None if teacher is None else logits[1], spec),
-            HAS_TEACHER=teacher is not None,
-            HAS_FORWARD=spec.forward_kl and teacher is not None,
-            UPCAST=is_interpreted(),
-            **COMPILE_OPTIONS,
-        )
-    return states

@@ -31,10 +31,6 @@ SLAB_COLUMNS = 4096
 BLOCK_ROWS = 2048
 """Two fp32 buffers of 32 MiB."""
 
-USES_HEAD_KERNEL = False
-"""Whether statistics come from one Triton kernel, which by the time of whole steps multiplied at less than half of
-cuBLAS's pace on an H200."""
-
 
 def run_slabs(
     student: Side,
@@ -48,8 +44,7 @@ def run_slabs(
     """As `linear.run_chunks`; the loss is asked once, for all rows."""
     backend = load_backend(plan.backend)
     if table is None:
-        compute = backend.compute_head_state if USES_HEAD_KERNEL else None
-        states = (compute or compute_head_state)(student, teacher, ids_N, plan)
+        states = compute_states(student, teacher, ids_N, plan)
         table = backend.finish_state(states, ids_N, plan.spec, plan.vocabulary, teacher is not None)
         if teacher is not None and (plan.spec.exact_kl or plan.spec.jsd_beta):
             sums = torch.zeros(3, len(ids_N), dtype=table.dtype, device=table.device)
@@ -106,7 +101,7 @@ def project_slabs(
             yield rows, slab, student_logits, teacher_logits
 
 
-def compute_head_state(student: Side, teacher: Side | None, ids_N: Tensor, plan: LinearPlan) -> Tensor:
+def compute_states(student: Side, teacher: Side | None, ids_N: Tensor, plan: LinearPlan) -> Tensor:
     """Partial states [P, 11, N] of whole rows, one for each slab."""
     backend = load_backend(plan.backend)
     dtype = torch.promote_types(getattr(torch, plan.logits_dtype), torch.float32)

@@ -29,7 +29,6 @@ from triton.compiler import ASTSource
 from imagine_opd.kernels import launches_triton as launches
 from imagine_opd.kernels import tuning
 from imagine_opd.kernels.arguments_triton import COMPILE_OPTIONS
-from imagine_opd.kernels.linear import LinearPlan, Side
 from imagine_opd.kernels.slabs import SLAB_COLUMNS
 from imagine_opd.kernels.types import STATE_ROWS, TABLE_ROWS, Logits, StatsSpec
 
@@ -156,12 +155,6 @@ def list_variants() -> Iterator[tuple[str, Callable[[], object]]]:
             f"{TYPES[dtype]} slab",
             lambda s=slab: launches.compute_state(s, s, ids, StatsSpec(), SLAB_COLUMNS, SLAB_COLUMNS),
         )
-        plan = LinearPlan(StatsSpec(), "triton", VOCABULARY, VOCABULARY, 1, "float32", "bfloat16", "bfloat16")
-        side = Side(empty(ROWS, HIDDEN, dtype=dtype), empty(VOCABULARY, HIDDEN, dtype=dtype), None, 1.0, 0.0)
-        yield (
-            f"{TYPES[dtype]} D={HIDDEN}",
-            lambda side=side, plan=plan: launches.compute_head_state(side, side, ids, plan),
-        )
     padded = Logits(empty(ROWS, 151680, dtype=fp32))
     yield (
         "fp32 V=151669 padded",
@@ -184,15 +177,6 @@ def list_variants() -> Iterator[tuple[str, Callable[[], object]]]:
             launches.look_again(row, row, empty(TABLE_ROWS, 1), StatsSpec(exact_kl=True), VOCABULARY),
         ),
     )
-    plan = LinearPlan(
-        StatsSpec(forward_kl=True), "triton", VOCABULARY, VOCABULARY, 1, "float32", "bfloat16", "bfloat16"
-    )
-    one, head = empty(1, HIDDEN, dtype=bf16), empty(VOCABULARY, HIDDEN, dtype=bf16)
-    crowded = Side(one, head, empty(VOCABULARY, dtype=bf16), 1.0, 30.0)
-    yield "bf16 one row, crowded", lambda: launches.compute_head_state(crowded, crowded, row_ids, plan)
-    mixed = Side(empty(ROWS, HIDDEN), empty(VOCABULARY, HIDDEN), None, 1.0, 0.0)
-    plain = Side(empty(ROWS, HIDDEN, dtype=bf16), head, None, 1.0, 0.0)
-    yield "bf16 student, fp32 teacher", lambda: launches.compute_head_state(plain, mixed, ids, plan)
     yield "merge", lambda: launches.finish_state(empty(8, STATE_ROWS, ROWS), ids, StatsSpec(), VOCABULARY)
     yield (
         "scale",
@@ -257,7 +241,6 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, object]:
         "shared_bytes": compiled.metadata.shared,
         "warps": launch.num_warps,
         "wide_loads": bool(re.search(r"ld\.global[\w.:]*\.v[48]|cp\.async\.cg[\w.]* .*0x10", ptx)),
-        "tensor_cores": bool(re.search(r"wgmma|mma\.sync", ptx)),
     }
 
 

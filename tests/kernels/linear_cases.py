@@ -257,7 +257,8 @@ def select(case: Case, rows: Tensor | slice) -> Case:
 
 
 def assert_equals_formula(case: Case, backend: str, loss: RowLoss = weigh_all, **arguments: Any) -> Answer:
-    """Each value and gradient: error at most that of the formula in fp32 plus the table's tolerance."""
+    """Each value and gradient: error at most that of the formula in fp32 plus the table's tolerance, which grows as a
+    temperature below 1 magnifies the rounding of logits."""
     upstream = arguments.get("upstream", 1.0)
     answer, truth = run(case, backend, loss, **arguments), run_formula(case, loss, upstream=upstream)
     naive = run_formula(case, loss, torch.promote_types(case.hidden_ND.dtype, torch.float32), upstream)
@@ -270,7 +271,7 @@ def assert_equals_formula(case: Case, backend: str, loss: RowLoss = weigh_all, *
                 assert value.isnan().all(), name
                 continue
             error = measure_error(value, expected)
-            allowed = measure_error(naive[kind][name], expected) + TOLERANCE[value.dtype]
+            allowed = measure_error(naive[kind][name], expected) + TOLERANCE[value.dtype] / min(1.0, case.temperature)
             assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
     return answer
 
@@ -291,7 +292,7 @@ paths = pytest.mark.parametrize("through", ["row_loss", "statistics"])
 
 
 @pytest.fixture
-def small_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
+def small_blocks() -> Iterator[None]:
     """Slabs, tiles and parts so small that every case crosses their borders."""
     from imagine_opd.kernels import slabs
 
@@ -299,11 +300,6 @@ def small_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, tuning.override(tuning.Tuning(tile, tile, tile)):
         patch.setattr(slabs, "SLAB_COLUMNS", 56)
         patch.setattr(slabs, "BLOCK_ROWS", 3)
-        if "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton":
-            from imagine_opd.kernels import launches_triton
-
-            small = {"BLOCK_N": 16, "BLOCK_V": 32, "BLOCK_D": 16, "NUM_STAGES": 1, "num_warps": 4}
-            patch.setattr(launches_triton, "HEAD_TILE_FP32", small)
         yield
 
 

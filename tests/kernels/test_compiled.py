@@ -42,9 +42,8 @@ def test_no_kernel_spills_beyond_the_bound(compiled: list[dict[str, object]]) ->
 
 
 def test_two_programs_fit_on_a_multiprocessor(compiled: list[dict[str, object]]) -> None:
-    # 65,536 registers; the kernel that multiplies takes one multiprocessor to itself, as matrix products do.
-    fitting = [row for row in compiled if row["kernel"] != "head_state_kernel"]
-    assert max(row["registers"] * 32 * row["warps"] for row in fitting) <= 65536 // 2
+    # 65,536 registers.
+    assert max(row["registers"] * 32 * row["warps"] for row in compiled) <= 65536 // 2
     assert max(row["shared_bytes"] for row in compiled) <= 160 * 1024
 
 
@@ -58,13 +57,6 @@ def test_rows_of_aligned_vocabularies_load_in_wide_words(compiled: list[dict[str
     ]
     assert len(aligned) > 40
     assert [name(row) for row in aligned if not row["wide_loads"]] == []
-
-
-def test_products_of_half_precision_run_on_tensor_cores(compiled: list[dict[str, object]]) -> None:
-    heads = [row for row in compiled if row["kernel"] == "head_state_kernel"]
-    assert len(heads) == 8
-    for row in heads:
-        assert row["tensor_cores"] == row["variant"].startswith("bf16"), row
 
 
 def test_committed_report_lists_the_variants_that_there_are(compiled: list[dict[str, object]]) -> None:

@@ -34,7 +34,7 @@ from linear_cases import (
 )
 from torch import Tensor
 
-from imagine_opd.kernels import OutputHead, StatsOptions, TokenStats, linear, linear_token_stats, slabs
+from imagine_opd.kernels import OutputHead, StatsOptions, TokenStats, linear, linear_token_stats
 from imagine_opd.loss.objective import ObjectiveConfig, clip_policy_loss
 
 INF, NAN = math.inf, math.nan
@@ -100,12 +100,6 @@ def test_a_chunk_without_a_gradient_between_others_leaves_theirs_whole(
     assert max(float(value.abs().max()) for value in wanted) > 1e-3
     for value, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("fields", [{}, {"options": StatsOptions(forward_kl=True)}], ids=["plain", "forward_kl"])
-def test_kernel_from_hidden_states_equals_the_formula(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slabs, "USES_HEAD_KERNEL", True)
-    assert_equals_formula(make_case(rows=18, vocabulary=300, **fields), "triton", through="row_loss", **SLABBED)
 
 
 @ways

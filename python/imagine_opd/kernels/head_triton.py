@@ -1,1 +1,0 @@
-../../../kernels/head_triton.py
