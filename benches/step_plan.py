@@ -75,13 +75,13 @@ LEVELS: dict[str, Callable[[], list[Planned]]] = {
     "full": lambda: [*plan_peers("cpu", 3), *plan_growth("cpu")],
     "quick": lambda: plan_peers("cpu", 1),
     "tiny": lambda: [*plan_peers("tiny", 1), plan_growth("tiny")[0]],
-    "gpu": lambda: plan_gpu("gpu", 2),
+    "gpu": lambda: plan_gpu("gpu", 1),
     "gpu-tiny": lambda: plan_gpu("tiny", 1),
 }
 
 
 def plan_gpu(name: str, rounds: int) -> list[Planned]:
-    """The most telling first: time on a device is short."""
+    """The most telling first, the adapter and then all weights: time on a device is short."""
     adapter, full, same = plan_peers(name, rounds)
     static = make_case(name, trains="lora", cache="static")
     return [
