@@ -3,7 +3,8 @@
     python -m benches.step_table benches/baselines/step_cpu.json docs/benchmarks.md
 
 writes the ratios of a kept run between the marks of a page. On a CPU only ratios are quoted, by CPU time: one thread
-works, and other work on the machine must not choose among the peers.
+works, and other work on the machine must not choose among the peers. On a GPU they are of wall time, since the CPU
+waits for it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import pytest
 
 from benches.table import OURS, align_cells, format_figure, mark_cells, render_left_out
 
-BEGIN, END = "<!-- begin: step, from benches/baselines/step_cpu.json -->", "<!-- end: step -->"
+MARK = "<!-- begin: step, from {name} -->"
+BEGIN, END = MARK.format(name="benches/baselines/step_cpu.json"), "<!-- end: step -->"
 
 TARGETS = {"outside": 2.0, "rollout": 1.0, "memory": 3.0}
 """Against the plain loop: how many times faster outside generation, in generation, and smaller in memory."""
@@ -192,16 +194,17 @@ def render_page(results: StepResults) -> str:
     return "\n\n".join([*parts, *([missing] if missing else [])])
 
 
-def write_page(results: StepResults, page: str) -> str:
-    """The page with the tables between its marks."""
-    before, _, rest = page.partition(BEGIN)
+def write_page(results: StepResults, page: str, begin: str = BEGIN) -> str:
+    """The page with the tables between the marks of a kept run."""
+    before, _, rest = page.partition(begin)
     _, found, after = rest.partition(END)
     if not found:
-        raise ValueError(f"the page has no {BEGIN!r} followed by {END!r}")
-    return f"{before}{BEGIN}\n{render_page(results)}\n{END}{after}"
+        raise ValueError(f"the page has no {begin!r} followed by {END!r}")
+    return f"{before}{begin}\n{render_page(results)}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[2])
-    text = write_page(read_results(Path(sys.argv[1])), target.read_text(encoding="utf-8"))
+    kept, target = map(Path, sys.argv[1:3])
+    begin = MARK.format(name=kept.as_posix())
+    text = write_page(read_results(kept), target.read_text(encoding="utf-8"), begin)
     target.write_text(text, encoding="utf-8")

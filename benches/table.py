@@ -49,6 +49,8 @@ class Row:
     error: float | None = None
     """|values - truth| / |truth|, the worst over what the step returns."""
     target_ms: float | None = None
+    run: str = ""
+    """Of which run, in a file that keeps several; beside an `ours` of another one, `times_ours` is of the two."""
 
 
 def compute_rate(work: Work, median_ms: float) -> tuple[float, str]:
@@ -134,23 +136,37 @@ def mark_cells(lines: Sequence[Sequence[str]], left: int) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [headings, rule, *others])
 
 
+OTHER_RUN, EARLIER = "†", "‡"
+NOTE = (
+    f"{OTHER_RUN} the peer was timed in an earlier run than ours. {EARLIER} a case of that earlier run, before the "
+    "kernels were changed; not timed since."
+)
+
 BEGIN, END = "<!-- begin: kernels, from {name} -->", "<!-- end: kernels -->"
 
 
 def render_page(rows: Iterable[Row]) -> str:
-    """A line for each case: our time, and how many times faster ours is than each peer."""
+    """A line for each case: our time, and how many times faster ours is than each peer; figures of a run whose peers
+    stand beside a later `ours` are marked, with a note below."""
     cases: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         cases.setdefault((f"{row.kernel}: {row.case}", row.shape), []).append(row)
+    runs = {case: row.run for case, found in cases.items() for row in found if row.implementation == OURS}
+    earlier = {row.run for case, found in cases.items() for row in found if row.run != runs.get(case, row.run)}
     lines = []
-    for (name, shape), found in cases.items():
-        peers = [f"{row.implementation} {row.times_ours:.2f}" for row in found if row.implementation != OURS]
+    for case, found in cases.items():
+        peers = [
+            f"{row.implementation} {row.times_ours:.2f}{OTHER_RUN if row.run != runs.get(case) else ''}"
+            for row in found
+            if row.implementation != OURS
+        ]
         for row in found:
             if row.implementation == OURS:
                 _, _, _, time, _, ceiling, _, extra, _, target = format_row(row)
-                lines.append((name, shape, ", ".join(peers), time, target, ceiling, extra))
+                time += f" {EARLIER}" if row.run in earlier else ""
+                lines.append((*case, ", ".join(peers), time, target, ceiling, extra))
     headings = ("kernel", "shape", "ours is × faster than", "ours, ms", "target ms", "of ceiling", "extra MiB")
-    return mark_cells([headings, *lines], left=3)
+    return mark_cells([headings, *lines], left=3) + (f"\n\n{NOTE}" if earlier else "")
 
 
 def write_page(rows: Iterable[Row], page: str, name: str) -> str:

@@ -318,11 +318,41 @@ def test_page_of_a_gpu_run_has_a_line_for_each_case_with_every_peers_ratio():
         table.write_page(rows, "nothing", "a.json")
 
 
+def test_page_marks_what_an_earlier_run_has_timed():
+    rows = [
+        Row("k", "c", "N=8", OURS, 2.0, 0.2, 9, 2000.0, "GB/s", run="second"),
+        Row("k", "c", "N=8", "torch", 20.0, 0.2, 9, 200.0, "GB/s", times_ours=10.0, run="second"),
+        Row("k", "c", "N=8", "trl", 4.0, 0.2, 9, 1000.0, "GB/s", times_ours=2.0, run="first"),
+        Row("k", "c", "N=4", OURS, 1.0, 0.2, 9, 2000.0, "GB/s", run="first"),
+        Row("k", "c", "N=4", "trl", 3.0, 0.2, 9, 2000.0, "GB/s", times_ours=3.0, run="first"),
+        Row("k", "c", "N=2", OURS, 1.0, 0.2, 9, 2000.0, "GB/s", run="third"),
+    ]
+    assert table.render_page(rows).splitlines()[2:] == [
+        "| k: c | N=8 | torch 10.00, trl 2.00† | 2 ± 0.1 | – | – | – |",
+        "| k: c | N=4 | trl 3.00 | 1 ± 0.1 ‡ | – | – | – |",
+        "| k: c | N=2 |  | 1 ± 0.1 | – | – | – |",
+        "",
+        table.NOTE,
+    ]
+
+
 def test_page_shows_the_kept_run_of_the_kernels():
     page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     (name,) = re.findall(r"<!-- begin: kernels, from (\S+) -->", page)
-    assert json.loads((ROOT / name).read_text(encoding="utf-8"))["on_gpu"]
+    kept = json.loads((ROOT / name).read_text(encoding="utf-8"))
+    assert kept["on_gpu"]
     assert table.write_page(table.read_rows(ROOT / name), page, name) == page
+
+
+def test_kept_rows_name_their_run_and_ratios_follow_from_the_times():
+    kept = json.loads((ROOT / "benches/baselines/NVIDIA_H200.json").read_text(encoding="utf-8"))
+    rows = [Row(**row) for row in kept["rows"]]
+    ours = {(row.kernel, row.case, row.shape): row for row in rows if row.implementation == OURS}
+    names = [run["name"] for run in kept["runs"]]
+    for row in rows:
+        own = ours[row.kernel, row.case, row.shape]
+        assert row.times_ours == pytest.approx(row.median_ms / own.median_ms), row
+        assert names.index(row.run) <= names.index(own.run), row
 
 
 def test_page_shows_the_kept_run_of_the_views():

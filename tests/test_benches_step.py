@@ -20,6 +20,7 @@ from benches.step_runner import Agreement, Measured, Peer, PeerError, PeerMissin
 from benches.step_table import (
     BEGIN,
     END,
+    MARK,
     StepResults,
     StepRow,
     list_ratios,
@@ -264,6 +265,23 @@ def test_page_and_picture_show_the_kept_run_of_the_step(tmp_path):
     labels = [line for line in drawn.read_text().splitlines() if "<text" in line]
     shown = [line for line in (ROOT / "docs/images/step_growth.svg").read_text().splitlines() if "<text" in line]
     assert labels == shown
+
+
+def test_page_shows_the_kept_steps_of_a_gpu_by_wall_time():
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    name = "benches/baselines/step_NVIDIA_H200.json"
+    results = read_results(ROOT / name)
+    assert results.on_gpu
+    assert write_page(results, page, MARK.format(name=name)) == page
+    ours, plain = results.rows[:2]
+    assert f"| {plain.case} | plain | {plain.step_s / ours.step_s:.2f} | " in page
+    assert results.device == "NVIDIA H200"
+
+
+def test_gpu_level_fits_the_time_that_a_gpu_is_there():
+    adapter, full, *_ = LEVELS["gpu"]()
+    assert (adapter.case.trains, full.case.trains) == ("lora", "full")
+    assert (adapter.rounds, adapter.case.new_tokens) == (1, 64)
 
 
 def test_curves_hold_the_shared_point_and_times_in_multiples_of_ours_there():
