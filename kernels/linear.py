@@ -177,7 +177,7 @@ def choose_heights(
     By memory, and by how well the products fill the device.
     """
     if plan.chunk_rows:
-        return plan.chunk_rows, plan.chunk_rows
+        return (height := min(plan.chunk_rows, max(rows, 1))), height
     device, (_, hidden) = student.hidden_ND.device, student.hidden_ND.shape
     operand_dtype = student.hidden_ND.dtype
     logits_bytes = (1 if teacher is None else 2) * getattr(torch, plan.logits_dtype).itemsize * plan.columns

@@ -59,6 +59,23 @@ def test_more_rows_and_tiles_than_one_program_takes(arguments: dict[str, Any], b
     assert_equals_formula(make_case(rows=18, vocabulary=600), backend, **arguments)
 
 
+def test_gradient_takes_the_logits_place_in_a_chunk_that_could_be_higher(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bool] = []
+    get_buffer = linear.ChunkProjector.get_gradient_buffer
+
+    def note(self: linear.ChunkProjector, rows: int) -> Tensor:
+        found = get_buffer(self, rows)
+        made.append(found.data_ptr() == self.logits.data_ptr())
+        return found
+
+    monkeypatch.setattr(linear.ChunkProjector, "get_gradient_buffer", note)
+    assert_equals_formula(make_case(), backend, through="row_loss", chunk_rows=ROWS + 1)
+    assert made
+    assert all(made)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_chunks_that_share_one_product_with_the_head_equal_the_formula(
     dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
