@@ -15,7 +15,7 @@ from test_trainer import compute_gradients, largest_difference, make_trainer, re
 from imagine_opd import packing
 from imagine_opd.config import build_config
 from imagine_opd.errors import ConfigError
-from imagine_opd.guards.forwards import measure_packing
+from imagine_opd.guards.forwards import measure_packing, refuse_mixed_packing
 from imagine_opd.models.access import fit_inputs, get_body, read_token_ids
 from imagine_opd.packing import describe_packing, refuse_unpackable
 from imagine_opd.scoring import join_sequences, score_side
@@ -170,6 +170,20 @@ def test_sequences_that_see_each_other_would_be_told(name, tmp_path, monkeypatch
     padded_ND, packed_ND = score_both_ways(family, prompts, rollouts)
     assert relative(packed_ND, padded_ND) > 1e-2
     assert measure_packing(family.model, prompts[:2], ids) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "aya_vision"])  # aya_vision: where such a leak shows least
+def test_the_limit_of_16_bits_lets_rounding_pass_and_no_leak(name, tmp_path, monkeypatch):
+    family = find_family(name)
+    ids, pairs = read_token_ids(family.model, family.processor), make_pairs(family, make_rows(SIZES[:2]), tmp_path)
+    for side in ("student", "teacher"):
+        prompts = [getattr(pair, side) for pair in pairs]
+        with torch.autocast("cpu", torch.bfloat16):
+            refuse_mixed_packing(family.model, prompts, ids, side)
+            with monkeypatch.context() as patch:
+                lose_restarts(patch)
+                with pytest.raises(ConfigError, match=r"of packed sequences .*limit 0\.035"):
+                    refuse_mixed_packing(family.model, prompts, ids, side)
 
 
 def test_a_run_whose_sequences_would_see_each_other_ends_before_step_0(tiny, make_rows, tmp_path, monkeypatch):

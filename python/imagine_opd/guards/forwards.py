@@ -21,11 +21,14 @@ from imagine_opd.vision_features import VisionFeatures
 
 _TOKENS = 4
 _LIMIT = 5e-3
-_LIMIT_16_BIT = 5e-2
+# Between what was measured: at most 0.023 in bf16 where each sequence keeps to itself (64 layers), at least 0.046 where
+# positions run on (2 layers), of ten families.
+_LIMIT_16_BIT = 3.5e-2
 
 
 def measure_packing(model: Any, prompts: Sequence[Prompt], token_ids: TokenIds) -> float:
-    """How far hidden states behind packed prompts are from those of each alone, by `compare_states`."""
+    """How far hidden states behind packed prompts are from those of each alone, by `compare_states`: of the sequence
+    that is furthest, for the first sees none before it."""
     rollouts = _make_rollouts(prompts, token_ids)
     mask_BT = rollouts.completion_mask_BT
     with torch.no_grad():
@@ -34,7 +37,7 @@ def measure_packing(model: Any, prompts: Sequence[Prompt], token_ids: TokenIds) 
             score_side(model, [prompt], rollouts.select([row]), mask_BT[[row]], token_ids.pad)
             for row, prompt in enumerate(prompts)
         ]
-    return compare_states(packed_ND, torch.cat(alone))
+    return max(map(compare_states, torch.split(packed_ND, _TOKENS), alone))
 
 
 def measure_sharing(
