@@ -18,6 +18,7 @@ from imagine_opd.memory_advice import (
     read_facts,
     read_memory_gib,
 )
+from imagine_opd.micro_batches import count_tokens, cut_rows, measure_lengths
 from imagine_opd.types import Prompt, PromptPair, Rollouts
 
 FACTS = MicroBatchFacts(
@@ -68,7 +69,7 @@ def test_sentence_holds_the_numbers_and_the_advice_in_order():
 
 
 def test_advice_that_cannot_help_is_not_given():
-    facts = MicroBatchFacts(1, 1, 900, 950, 300, 320, 600, 950)
+    facts = MicroBatchFacts(1, 1, 900, 950, 300, 320, 600, 0)
     text = explain_out_of_memory(MemoryError(), facts, batch_size=1, gradient_checkpointing=True)
     assert "per_device_train_batch_size" not in text
     assert "gradient_checkpointing" not in text
@@ -79,10 +80,11 @@ def test_advice_that_cannot_help_is_not_given():
     assert text.endswith("The allocator said: MemoryError")
 
 
-def test_facts_are_those_of_the_longest_and_the_most():
-    def prompt(length: int, images: tuple[int, ...]) -> Prompt:
-        return Prompt("", (1,) * length, (0,) * length, None, images, "qwen_vl")
+def prompt(length: int, images: tuple[int, ...] = ()) -> Prompt:
+    return Prompt("", (1,) * length, (0,) * length, None, images, "qwen_vl")
 
+
+def test_facts_are_those_of_the_longest_and_the_most():
     mask_BT = torch.tensor([[True] * 3, [True, False, False]])
     row = object()
     batch = SimpleNamespace(
@@ -92,8 +94,31 @@ def test_facts_are_those_of_the_longest_and_the_most():
             PromptPair(prompt(11, (6,)), prompt(23, (6, 1))),
         ),
         rollouts=Rollouts(mask_BT.long(), mask_BT, torch.zeros(2, 3)),
+        parts=(),
     )
-    assert read_facts(batch) == MicroBatchFacts(2, 1, 13, 24, 6, 13, 3, 47)
+    assert read_facts(batch, packed=True) == MicroBatchFacts(2, 1, 13, 24, 6, 13, 3, 47)
+    assert read_facts(batch, packed=False).tokens == 48
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("parts", [(), ((0, 2), (1, 3)), ((0,), (1,), (2,), (3,))], ids=["whole", "pairs", "single"])
+def test_advised_budget_is_half_of_what_the_budget_counts(packed, parts):
+    mask_BT = torch.ones(4, 2, dtype=torch.bool)
+    pairs = [(prompt(3), prompt(5 + 40 * row), prompt(30)) for row in range(4)]
+    batch = SimpleNamespace(
+        rows=tuple(range(4)),
+        prompts=tuple(PromptPair(*sides) for sides in pairs),
+        rollouts=Rollouts(mask_BT.long(), mask_BT, torch.zeros(4, 2)),
+        parts=parts,
+    )
+    lengths = measure_lengths(batch)
+    counted = max((count_tokens(part, lengths, packed) for part in parts or [(0, 1, 2, 3)] if len(part) > 1), default=0)
+    facts = read_facts(batch, packed=packed)
+    assert facts.tokens == counted
+    text = explain_out_of_memory(MemoryError(), facts, batch_size=1)
+    assert (f"max_tokens_per_forward={counted // 2}:" in text) if counted else ("max_tokens_per_forward" not in text)
+    if parts == ():
+        assert len(cut_rows(lengths, counted // 2, packed)) > 1
 
 
 def test_a_pass_without_gradient_is_told_with_its_numbers_and_the_advice_in_order():

@@ -21,7 +21,7 @@ _CPU_REFUSAL = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough
 class MicroBatchFacts:
     """What a micro-batch asked of the device, in tokens; sequences are prompt and completion.
 
-    tokens: of all sequences of the larger side, without padding.
+    tokens: of the largest forward of several sequences, as `max_tokens_per_forward` counts them; 0: none has several.
     """
 
     completions: int
@@ -66,18 +66,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _CPU_REFUSAL.search(str(error)) is not None
 
 
-def read_facts(batch: Any) -> MicroBatchFacts:
-    """The facts of a `batches.MicroBatch`. Image tokens are those of the completion with the most."""
+def read_facts(batch: Any, *, packed: bool) -> MicroBatchFacts:
+    """The facts of a `batches.MicroBatch`, run without padding where it is `packed`. Image tokens are those of the
+    completion with the most."""
     lengths = batch.rollouts.completion_mask_BT.sum(dim=1).tolist()
 
     def measure(side: str) -> list[int]:
         prompts = [getattr(pair, side) for pair in batch.prompts]
-        return [len(prompt.input_ids) + n for prompt, n in zip(prompts, lengths, strict=True)]
+        return [len(prompt.input_ids) + n if prompt else 0 for prompt, n in zip(prompts, lengths, strict=True)]
+
+    def count(part: Sequence[int]) -> int:
+        sides = [[lengths_of_side[row] for row in part] for lengths_of_side in (student, teacher, neutral)]
+        return max(sum(side) if packed else len(side) * max(side) for side in sides)
 
     def image_tokens(side: str) -> int:
         return max((sum(getattr(pair, side).image_tokens) for pair in batch.prompts), default=0)
 
-    student, teacher = measure("student"), measure("teacher")
+    student, teacher, neutral = measure("student"), measure("teacher"), measure("neutral")
+    forwards = batch.parts if len(batch.parts) > 1 else (range(len(lengths)),)
     return MicroBatchFacts(
         completions=len(lengths),
         rows=len({id(row) for row in batch.rows}),
@@ -86,7 +92,7 @@ def read_facts(batch: Any) -> MicroBatchFacts:
         image_tokens_student=image_tokens("student"),
         image_tokens_teacher=image_tokens("teacher"),
         longest_completion=int(max(lengths, default=0)),
-        tokens=max(sum(student), sum(teacher)),
+        tokens=max((count(part) for part in forwards if len(part) > 1), default=0),
     )
 
 
@@ -175,7 +181,7 @@ def _list_advice(facts: MicroBatchFacts, batch_size: int, gradient_checkpointing
             f"per_device_train_batch_size={half} with gradient_accumulation_steps times {batch_size // half}: the same "
             "step in smaller parts"
         )
-    if facts.completions > 1:
+    if facts.tokens:
         advice.append(f"max_tokens_per_forward={facts.tokens // 2}: the same step in forwards of fewer tokens")
     if not gradient_checkpointing:
         advice.append("gradient_checkpointing=True: activations are made again in backward")

@@ -340,7 +340,7 @@ class RunGuards:
         def explain(error: BaseException) -> str:
             return explain_out_of_memory(
                 error,
-                read_facts(batch),
+                read_facts(batch, packed=self.args.padding_free),
                 batch_size=self.args.per_device_train_batch_size,
                 gradient_checkpointing=self.args.gradient_checkpointing,
                 memory_gib=read_memory_gib(self.args.device),
