@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor
 
 from imagine_opd.errors import ConfigError, EngineError
-from imagine_opd.rollout.vllm_colocate import ColocateBackend, ColocateSettings, make_engine_arguments
+from imagine_opd.rollout.vllm_colocate import ColocateBackend, ColocateSettings, import_vllm, make_engine_arguments
 from imagine_opd.rollout.vllm_inputs import EngineOutput, EngineRequest
 
 
@@ -135,7 +135,19 @@ def test_log_probs_are_raw_at_temperature_one_and_tempered_at_another(tmp_path):
     assert modes == ["raw_logprobs", "processed_logprobs"]
 
 
+def test_vllm_is_told_to_stay_in_this_process_before_it_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "vllm.py").write_text("import os\nSEEN = os.environ.get('VLLM_ENABLE_V1_MULTIPROCESSING')\n")
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    try:
+        assert import_vllm().SEEN == "0"
+    finally:
+        sys.modules.pop("vllm", None)
+
+
 def test_a_missing_vllm_names_the_extra(tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"pip install 'imagine-opd\[vllm\]'"):
         make_backend(tiny).start(tiny.model)

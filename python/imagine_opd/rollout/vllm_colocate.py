@@ -65,8 +65,6 @@ class ColocateBackend:
 
     def start(self, model: Any) -> None:
         """See `VLLMBackend.start`. Raises `ConfigError` where vLLM is not installed."""
-        # Before the import: weights are handed to the engine as tensors, which only works in one process.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         vllm = import_vllm()
         folder = self._folder = Path(tempfile.mkdtemp(prefix="imagine-opd-vllm-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -122,7 +120,9 @@ class ColocateBackend:
 
 
 def import_vllm() -> Any:
-    """The `vllm` package. Raises `ConfigError` where it is not installed."""
+    """The `vllm` package, set to keep its engine in this process. Raises `ConfigError` where it is not installed."""
+    # Before the import: weights are handed to the engine as tensors, which only works in one process.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:
         import vllm
     except ImportError as error:
