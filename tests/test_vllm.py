@@ -126,6 +126,51 @@ def test_an_engine_whose_weights_are_lost_is_refused(tiny, model, prompts):
         engine.generate(model, prompts, SamplingConfig(18), 1)
 
 
+class DeafBackend(ModelBackend):
+    """Takes the weights of the first sync, which it may have been started with, and no more."""
+
+    def send_weights(self, model) -> bool:
+        self.copies = "send" not in self.calls
+        return super().send_weights(model)
+
+
+def nudge(model) -> None:
+    """Moves greedy completions by less than what two engines may differ."""
+    with torch.no_grad():
+        model.model.language_model.norm.weight.mul_(0.5)
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_an_engine_that_takes_no_trained_weights_is_refused_once_training_moved_them(tiny, model, prompts, sleeps):
+    backend = DeafBackend(tiny, prompts)
+    backend.sleep = lambda: None
+    engine = VLLMEngine(backend.ids, tiny.view_config, backend, sleeps)
+    with engine.opened(model, 0):
+        engine.generate(model, prompts, SamplingConfig(18), 1)
+    with engine.opened(model, 1):  # not moved yet: nothing to tell
+        engine.generate(model, prompts, SamplingConfig(18), 1)
+    nudge(model)
+    if not sleeps:
+        with engine.opened(model, 2):  # compared are the syncs 1, 2, 4, or each after a sleep
+            engine.generate(model, prompts, SamplingConfig(18), 1)
+    with pytest.raises(EngineError, match=r"are 0 away .* does not take the weights"), engine.opened(model, 3):
+        engine.generate(model, prompts, SamplingConfig(18), 1)
+
+
+def test_an_engine_that_takes_trained_weights_is_compared_until_it_is_seen_to(tiny, model, prompts):
+    backend = ModelBackend(tiny, prompts)
+    engine = VLLMEngine(backend.ids, tiny.view_config, backend)
+    compared = []
+    for step in range(10):
+        if step == 3:
+            nudge(model)
+        before = backend.calls.count("complete")
+        with engine.opened(model, step):
+            engine.generate(model, prompts, SamplingConfig(18), 1)
+        compared.append(backend.calls.count("complete") - before == 2)
+    assert [step for step, was in enumerate(compared) if was] == [0, 1, 3]
+
+
 def test_an_engine_that_sees_other_images_is_refused(tiny, model, prompts):
     """Its template tokens are the model's; only what it says of the images is not."""
     backend = ModelBackend(tiny, prompts)

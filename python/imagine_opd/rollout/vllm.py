@@ -9,7 +9,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -35,6 +35,13 @@ ReadWeights = Callable[[Any], Mapping[str, torch.Tensor]]
 _COMPARED_PROMPTS = 4
 _COMPARED_TOKENS = 32
 _MOST_DRIFT = 0.2  # bf16 kernels of two libraries differ by 0.01 to 0.05 nats
+_LEAST_MOVE = 0.05  # nats, of the model's own answers; a tenth is more than bf16 makes of the same weights
+
+
+class _Comparison(NamedTuple):
+    prompts: Sequence[Prompt]
+    own: Rollouts
+    theirs: Rollouts
 
 
 class VLLMBackend(Protocol):
@@ -81,6 +88,9 @@ class VLLMEngine:
         self._state: tuple[int, int] | None = None
         self._is_started = self._is_asleep = False
         self._is_compared = False
+        self._first: _Comparison | None = None  # until training is seen to move the engine too
+        self._is_seen_to_move = False
+        self._next_sync = 1
 
     @contextmanager
     def opened(self, model: Any, step: int) -> Iterator[None]:
@@ -112,13 +122,15 @@ class VLLMEngine:
         seed: int | Sequence[int] | None = None,
     ) -> Rollouts:
         """See `RolloutEngine.generate`; inside `opened`. The first call after a start or a sleep compares
-        vLLM's greedy completions with the model's own."""
+        vLLM's greedy completions with the model's own; so do those after the syncs 2, 4, 8 ... until training is seen
+        to move both."""
         assert self._is_started, "generate was called outside of `opened`"
         assert not self._is_asleep, "generate was called outside of `opened`"
         device = get_device(model)
-        if self.follows and not self._is_compared:
+        is_due = not self._is_seen_to_move and self.syncs >= self._next_sync
+        if self.follows and (is_due or not self._is_compared):
             self._compare(model, prompts[:_COMPARED_PROMPTS])
-            self._is_compared = True
+            self._is_compared, self._next_sync = True, 2 * self.syncs
         with torch.autocast(device.type, enabled=False):
             # Greedy completions draw nothing, from the caller's random state neither.
             seeds = make_seeds(seed if sampling.temperature > 0.0 else 0, len(prompts))
@@ -144,8 +156,12 @@ class VLLMEngine:
         """Raise `EngineError` unless greedy completions are the same here and there, to rounding.
 
         Weights lost in sleep, mapped to other names or left as they were make a student that learns from another's
-        completions, with a loss that looks fine.
+        completions, with a loss that looks fine. The engine may hold the first weights without having been sent any, so
+        the prompts of the first comparison are asked again until the model answers them otherwise: then vLLM must too.
         """
+        first = self._first
+        if first is not None:
+            prompts = first.prompts
         greedy = SamplingConfig(_COMPARED_TOKENS, temperature=0.0)
         own = self._local.generate(model, prompts, greedy)
         with torch.autocast(get_device(model).type, enabled=False):
@@ -160,6 +176,18 @@ class VLLMEngine:
                 "is trained; on a CPU, where vLLM does not reload a head tied to the embeddings, with "
                 "--hf-overrides '{\"tie_word_embeddings\": false}'"
             )
+        if self._is_seen_to_move:
+            return
+        if first is None:
+            self._first = _Comparison(prompts, own, theirs)
+        elif (moved := measure_drift(first.own, own)) > _LEAST_MOVE:
+            if (followed := measure_drift(first.theirs, theirs)) < moved / 10:
+                raise EngineError(
+                    f"at sync {self.syncs} vLLM's greedy completions of {len(prompts)} prompts are {followed:.2g} away "
+                    f"from those of the first, and the model's own {moved:.2g}: it does not take the weights that it "
+                    "is sent; start it with vllm >= 0.32, or set vllm_server_sync='none' to sample from those it has"
+                )
+            self._first, self._is_seen_to_move = None, True
 
 
 def measure_drift(own: Rollouts, theirs: Rollouts) -> float:
