@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from imagine_opd.config import build_config
 from imagine_opd.demo import base_model_path
@@ -20,6 +21,7 @@ from imagine_opd.models import get_base, prepare_student
 from imagine_opd.models.access import read_token_ids
 from imagine_opd.rollout import HFEngine, SamplingConfig
 from imagine_opd.rollout.vllm import VLLMEngine
+from imagine_opd.rollout.vllm_files import write_weights
 from imagine_opd.rollout.vllm_server import ServerBackend
 from imagine_opd.run_checks import refuse_bad_run
 from imagine_opd.settings import make_sampling_config, make_view_config
@@ -97,7 +99,24 @@ def test_an_adapter_is_merged_for_the_engine_and_left_alone_in_training(tiny, tm
         ({"generation_kwargs": {"cache_implementation": "static"}}, "'cache_implementation' cannot be"),
         ({"rollout_cache_implementation": "static"}, "transformers' generate"),
         ({"temperature": 0.7, "top_p": 0.9, "distillation_mode": "sampled_token"}, "top_p=0.9 at temperature=0.7"),
-        ({"vllm_server_base_url": "localhost:8000"}, "expected http://host:port"),
+        (
+            {"temperature": 0.7, "generation_kwargs": {"suppress_tokens": [3]}, "distillation_mode": "sampled_token"},
+            r"suppress_tokens=\[3\] at temperature=0.7",
+        ),
+        (
+            {"temperature": 0.7, "generation_kwargs": {"min_new_tokens": 2}, "distillation_mode": "sampled_token"},
+            "min_new_tokens=2 at temperature=0.7",
+        ),
+        ({**SERVER, "vllm_server_base_url": "localhost:8000"}, "expected http://host:port"),
+        ({**SERVER, "vllm_server_base_url": "http://gpu7:port"}, "expected http://host:port"),
+        ({**SERVER, "vllm_server_base_url": "http://gpu7:99999"}, "expected http://host:port"),
+        ({**SERVER, "vllm_server_base_url": "http://:8000"}, "expected http://host:port"),
+        ({**SERVER, "vllm_server_base_url": "http://me:secret@gpu7:8000"}, "expected http://host:port"),
+        ({**SERVER, "vllm_server_base_url": "http://gpu 7:8000"}, "expected http://host:port"),
+        ({**SERVER, "vllm_server_base_url": "http://[::1:8000"}, "expected http://host:port"),
+        ({**SERVER, "vllm_server_host": "http://gpu7"}, "expected a name or an address alone"),
+        ({**SERVER, "vllm_server_host": "gpu7:8000"}, "expected a name or an address alone"),
+        ({**SERVER, "vllm_server_host": "::1"}, "expected a name or an address alone"),
         ({"vllm_mode": "remote"}, "expected one of colocate, server"),
         ({"vllm_gpu_memory_utilization": 1.5}, "at most 1.0"),
     ],
@@ -105,7 +124,81 @@ def test_an_adapter_is_merged_for_the_engine_and_left_alone_in_training(tiny, tm
 )
 def test_what_vllm_cannot_do_is_refused_when_the_config_is_built(tmp_path, fields, message):
     with pytest.raises(ConfigError, match=message):
-        make_config(tmp_path, use_vllm=True, **fields)
+        make_config(tmp_path, **{"use_vllm": True, **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"vllm_server_host": "[::1]"}, {"vllm_server_host": "GPU7"}, {"vllm_server_base_url": "https://gpu7/vllm"}],
+    ids=str,
+)
+def test_addresses_of_other_forms_are_taken(tmp_path, fields):
+    make_config(tmp_path, **SERVER, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_shaped"),
+    [
+        ({}, False),
+        ({"generation_kwargs": {"min_new_tokens": 0, "suppress_tokens": []}}, False),
+        ({"generation_kwargs": {"min_new_tokens": 1}}, True),
+        ({"generation_kwargs": {"suppress_tokens": [3]}}, True),
+        ({"top_p": 0.9}, True),
+        ({"top_k": 5}, True),
+        ({"min_p": 0.1}, True),
+        ({"repetition_penalty": 1.1}, True),
+    ],
+    ids=str,
+)
+def test_a_server_is_told_apart_by_all_that_shapes_the_draw(tiny, tmp_path, fields, is_shaped):
+    engine = build(tiny, make_config(tmp_path, **SERVER, distillation_mode="sampled_token", **fields))
+    assert engine.backend.settings.is_shaped is is_shaped
+
+
+def copy_model(folder):
+    shutil.copytree(base_model_path(), folder)
+
+
+@pytest.mark.parametrize(
+    ("fill", "message"),
+    [
+        (copy_model, "config.json says that it holds a model"),
+        (lambda folder: write(folder / "model.safetensors.index.json", b"{}"), "index.json says"),
+        (
+            lambda folder: write(folder / "model.safetensors", save({"a": torch.ones(1)}, {"format": "pt"})),
+            "not written",
+        ),
+        (lambda folder: write(folder / "part.safetensors", b"no weights"), "part.safetensors was not written for vLLM"),
+    ],
+    ids=["model", "index", "foreign", "broken"],
+)
+def test_weights_for_vllm_do_not_go_where_others_lie(tiny, tmp_path, fill, message):
+    fill(tmp_path / "served")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "served").iterdir()}
+    with pytest.raises(ConfigError, match=rf"served: .*{message}.*set vllm_sync_dir to a new folder"):
+        build(tiny, make_config(tmp_path / "run", **SERVER, vllm_sync_dir=str(tmp_path / "served")))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "served").iterdir()} == before
+
+
+def test_weights_for_vllm_go_neither_to_the_model_nor_to_output_dir(tiny, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(ConfigError, match="it is output_dir"):
+        build(tiny, make_config(tmp_path / "run", **SERVER, vllm_sync_dir=str(tmp_path / "link")))
+    monkeypatch.setattr(tiny.model, "name_or_path", str(tmp_path / "base"))
+    with pytest.raises(ConfigError, match="folder of the model that is trained"):
+        build(tiny, make_config(tmp_path / "run", **SERVER, vllm_sync_dir=str(tmp_path / "base")))
+
+
+def test_a_resumed_run_writes_over_its_own_weights_for_vllm(tiny, tmp_path):
+    for value in (1.0, 2.0):
+        engine = build(tiny, make_config(tmp_path, **SERVER))
+        write_weights({"a": torch.full((1,), value)}, engine.backend.settings.sync_folder, None)
+    assert load_file(tmp_path / "vllm_weights" / "model.safetensors")["a"].item() == 2.0
+
+
+def write(path, data: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(data)
 
 
 def test_importance_clip_is_two_with_vllm_unless_set_or_the_mode_has_its_own(tmp_path):

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from imagine_opd.errors import EngineError
+from imagine_opd.rollout import vllm_http
 from imagine_opd.rollout.vllm_inputs import EngineOutput, EngineRequest
 from imagine_opd.rollout.vllm_server import GENERATE, ServerBackend, ServerSettings
 
@@ -33,11 +34,24 @@ class Server:
         self.missing: set[str] = set()
         self.vocabulary, self.logprob, self.delay_s = VOCABULARY, -0.25, 0.0
         self.max_model_length = 256
+        self.models: object = None
+        """What `/v1/models` answers; `None`: what vLLM does."""
+        self.changes: dict[str, object] = {}
+        """Of a completion's choice."""
+        self.raw: bytes | None = None
+        """Sent in place of an HTTP answer."""
+        self.headers: list[tuple[str, str]] = []
+        self.status = 200
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer(200, {"data": [{"id": "tiny", "max_model_len": outer.max_model_length}]})
+                outer.requests.append((self.path, {}))
+                if outer.raw is not None:
+                    self.wfile.write(outer.raw)
+                    return
+                models = {"data": [{"id": "tiny", "max_model_len": outer.max_model_length}]}
+                self.answer(outer.status, models if outer.models is None else outer.models)
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -49,12 +63,15 @@ class Server:
                     return self.answer(200, {})
                 if max(body["token_ids"]) >= outer.vocabulary:
                     return self.answer(400, {"error": "token id is out of vocabulary"})
-                content = [{"token_id": 9, "logprob": outer.logprob}, {"token_id": 2, "logprob": outer.logprob}]
-                choice = {"token_ids": [9, 2], "logprobs": {"content": content}}
+                ids = [9, 2][: body["sampling_params"]["max_tokens"]]
+                content = [{"token_id": token, "logprob": outer.logprob} for token in ids]
+                choice = {"token_ids": ids, "logprobs": {"content": content}, **outer.changes}
                 return self.answer(200, {"choices": [choice], "prompt_token_ids": body["token_ids"]})
 
-            def answer(self, status: int, body: dict) -> None:
+            def answer(self, status: int, body: object) -> None:
                 self.send_response(status)
+                for header in outer.headers:
+                    self.send_header(*header)
                 self.end_headers()
                 self.wfile.write(json.dumps(body).encode())
 
@@ -87,7 +104,7 @@ def make_backend(server: Server, is_main: bool = True, **fields) -> ServerBacken
 def test_request_carries_token_ids_and_the_image_without_loss(server):
     image = np.arange(16 * 32 * 3, dtype=np.uint8).reshape(16, 32, 3)
     backend = make_backend(server)
-    backend.model_name = "tiny"
+    backend.model_name, backend.vocabulary = "tiny", VOCABULARY
     request = EngineRequest((7, 3, 5, 4), (image,), ("name",))
     params = {"max_tokens": 3, "seed": 8, "logit_bias": {5: -100.0}, "detokenize": False, "stop_token_ids": None}
     outputs = backend.complete([request, request], [params, {**params, "seed": 9}], "salt")
@@ -117,6 +134,7 @@ def test_weights_are_written_whole_and_the_server_told_to_read_them(server, tmp_
 
 def test_a_process_that_is_not_the_main_one_sends_nothing(server, tmp_path):
     backend = make_backend(server, is_main=False, sync_folder=tmp_path / "new")
+    backend.read_weights = lambda model: pytest.fail("the whole model was copied for nothing")
     assert backend.send_weights(torch.nn.Linear(3, 2))
     backend.sleep()
     backend.wake()
@@ -135,7 +153,11 @@ def test_start_finds_model_vocabulary_and_log_probs(server, tiny):
     backend = make_backend(server)
     backend.start(tiny.model)
     assert (backend.model_name, backend.max_model_length) == ("tiny", 256)
-    assert [body["token_ids"] for _, body in server.requests] == [[VOCABULARY - 1], [VOCABULARY], [0]]
+    assert [body["token_ids"] for path, body in server.requests if path == GENERATE] == [
+        [VOCABULARY - 1],
+        [VOCABULARY],
+        [0],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -181,6 +203,114 @@ def test_a_slow_server_is_given_up_after_the_timeout(server, tiny):
     backend = ServerBackend(ServerSettings(server.url, 0.2), lambda model: {}, True, lambda: None)
     with pytest.raises(EngineError, match=r"timed out; waited up to 0.2 s"):
         backend.start(tiny.model)
+
+
+def logprobs_of(*values: object) -> dict:
+    return {"logprobs": {"content": [{"logprob": value} for value in values]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": [9, VOCABULARY]}, "has the token 57: expected whole numbers below 57"),
+        ({"token_ids": [9, -1]}, "has the token -1"),
+        ({"token_ids": ["9", 2]}, "has the token '9'"),
+        ({"token_ids": [True, 2]}, "has the token True"),
+        ({"token_ids": [9.5, 2]}, r"has the token 9\.5"),
+        ({"token_ids": [[9], 2]}, r"has the token \[9\]"),
+        ({"token_ids": 9}, "lacks"),
+        ({"token_ids": [9, 2, 2, 2]}, "has 4 tokens, and 3 were asked for"),
+        (logprobs_of(-0.25, float("nan")), "has the log-prob nan"),
+        (logprobs_of(-0.25, float("-inf")), "has the log-prob -inf"),
+        (logprobs_of(-0.25, 0.5), r"has the log-prob 0\.5.*--logprobs-mode"),
+        (logprobs_of(-0.25, "-0.25"), "has the log-prob '-0.25'"),
+        (logprobs_of(None, -0.25), "has the log-prob None"),
+        ({"logprobs": {"content": [None, None]}}, "lacks"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else None,
+)
+def test_answers_that_are_no_tokens_of_ours_are_refused_by_what_came(server, changes, message):
+    backend = make_backend(server)
+    backend.model_name, backend.vocabulary = "tiny", VOCABULARY
+    server.changes = changes
+    with pytest.raises(EngineError, match=message):
+        backend.complete([EngineRequest((7, 3), (), ())], [{"max_tokens": 3}], "salt")
+
+
+def test_rounding_above_zero_is_a_log_prob(server):
+    backend = make_backend(server)
+    backend.model_name, backend.vocabulary = "tiny", VOCABULARY
+    server.logprob = 5e-4
+    (output,) = backend.complete([EngineRequest((7, 3), (), ())], [{"max_tokens": 1}], "salt")
+    assert output == EngineOutput((7, 3), (9,), (5e-4,))
+
+
+def test_a_server_without_log_probs_is_refused(server, tiny):
+    server.changes = {"logprobs": None}
+    with pytest.raises(EngineError, match="gives no log-probs"):
+        make_backend(server).start(tiny.model)
+
+
+@pytest.mark.parametrize(
+    "models",
+    [{"error": "no"}, {"data": []}, [], {"data": [{}]}, {"data": [{"id": 3}]}, {"data": ["tiny"]}, "tiny", 3,
+     {"data": [{"id": "tiny", "max_model_len": "256"}]}],
+    ids=str,
+)  # fmt: skip
+def test_a_list_without_a_model_is_refused(server, tiny, models):
+    server.models = models
+    with pytest.raises(EngineError, match="/v1/models names no model: .*vllm serve MODEL"):
+        make_backend(server).start(tiny.model)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 90\r\n\r\n{}", "cut off, 88 bytes are missing"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{", "no vLLM server answers.*IncompleteRead"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "no vLLM server answers.*SSH"),
+        (b"", "no vLLM server answers"),
+        (b"HTTP/1.0 500 Oops\r\nContent-Length: 90\r\n\r\nbad", "answered 500"),
+        (b"HTTP/1.0 200 OK\r\n\r\n" + b"[" * 200_000, "something else than JSON"),
+        (b"HTTP/1.0 200 OK\r\n\r\n\xff", "something else than JSON"),
+    ],
+    ids=["length", "chunked", "ssh", "nothing", "error", "nested", "bytes"],
+)
+def test_what_is_no_whole_answer_is_an_error_of_the_engine(server, tiny, raw, message):
+    server.raw = raw
+    with pytest.raises(EngineError, match=message):
+        make_backend(server).start(tiny.model)
+
+
+def test_an_answer_without_end_is_not_read_to_it(server, tiny, monkeypatch):
+    monkeypatch.setattr(vllm_http, "MOST_BYTES", 1000)
+    server.models = ["x" * 1000]
+    with pytest.raises(EngineError, match="answered more than 1000 bytes"):
+        make_backend(server).start(tiny.model)
+
+
+def test_the_environments_proxy_is_not_asked(server, tiny, monkeypatch):
+    other = Server()
+    monkeypatch.setenv("http_proxy", other.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    try:
+        make_backend(server).start(tiny.model)
+    finally:
+        other.close()
+    assert server.requests
+    assert other.requests == []
+
+
+@pytest.mark.parametrize("status", [302, 307, 308])
+def test_a_redirect_is_not_followed(server, tiny, status):
+    other = Server()
+    server.status, server.headers = status, [("Location", f"{other.url}/v1/models")]
+    try:
+        with pytest.raises(EngineError, match=rf"answered {status}: a redirect to {other.url}/v1/models"):
+            make_backend(server).start(tiny.model)
+    finally:
+        other.close()
+    assert other.requests == []
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_sent(server, tiny):

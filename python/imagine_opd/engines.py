@@ -10,11 +10,13 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from imagine_opd.config import ImagineOPDConfig
+from imagine_opd.config.vllm import list_shaping, make_url
 from imagine_opd.models import TokenIds, get_base, has_adapter
 from imagine_opd.parallel import strip_wrappers
 from imagine_opd.rollout import HFEngine, RolloutEngine
 from imagine_opd.rollout.vllm import VLLMBackend, VLLMEngine
 from imagine_opd.rollout.vllm_colocate import ColocateBackend, ColocateSettings, import_vllm
+from imagine_opd.rollout.vllm_files import refuse_foreign_folder
 from imagine_opd.rollout.vllm_server import ServerBackend, ServerSettings
 from imagine_opd.teacher.merging import compute_merged_state
 from imagine_opd.types import ViewConfig
@@ -54,13 +56,16 @@ def build_engine(
         backend = ColocateBackend(processor, view_config, settings, read_checkpoint_weights)
     else:
         folder = Path(args.vllm_sync_dir or Path(args.output_dir, SYNC_FOLDER)).resolve()
+        is_synced = args.vllm_server_sync == "reload"
+        if is_synced:
+            refuse_foreign_folder(folder, getattr(get_base(student), "name_or_path", ""), Path(args.output_dir))
         address = ServerSettings(
-            url=args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}",
+            url=make_url(args),
             timeout_s=args.vllm_server_timeout,
-            sync_folder=folder if args.vllm_server_sync == "reload" else None,
+            sync_folder=folder if is_synced else None,
             dtype=dtype,
             temperature=args.temperature,
-            is_shaped=bool(args.top_p < 1.0 or args.top_k or args.min_p or args.repetition_penalty != 1.0),
+            is_shaped=bool(list_shaping(args)),
         )
         state = args.distributed_state
         is_main = state is None or state.is_main_process

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from imagine_opd.errors import ConfigError
 
@@ -81,15 +82,41 @@ def refuse_bad_vllm(config: ImagineOPDConfig) -> None:
             "rollout_cache_implementation and rollout_compile are of transformers' generate: leave them out with "
             "use_vllm=True"
         )
-    shaped = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
     if config.temperature != 1.0:
-        for name, off in shaped.items():
-            if getattr(config, name) != off:
-                raise ConfigError(
-                    f"{name}={getattr(config, name)!r} at temperature={config.temperature!r} with use_vllm=True: vLLM "
-                    "gives log-probs either before the temperature or after all shaping, and the loss needs them "
-                    f"between; set temperature=1.0 or leave {name} out"
-                )
-    url = config.vllm_server_base_url
-    if url is not None and not url.startswith(("http://", "https://")):
-        raise ConfigError(f"vllm_server_base_url={url!r}: expected http://host:port")
+        for name, value in list_shaping(config).items():
+            raise ConfigError(
+                f"{name}={value!r} at temperature={config.temperature!r} with use_vllm=True: vLLM gives log-probs "
+                "either before the temperature or after all shaping, and the loss needs them between; set "
+                f"temperature=1.0 or leave {name} out"
+            )
+    if config.vllm_mode == "server":
+        _refuse_bad_address(config)
+
+
+def list_shaping(config: ImagineOPDConfig) -> dict[str, Any]:
+    """What beside the temperature changes which tokens are drawn, by name: fields and keys of `generation_kwargs`."""
+    off = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    fields = {name: getattr(config, name) for name, value in off.items() if getattr(config, name) != value}
+    more = {"min_p": config.min_p, **(config.generation_kwargs or {})}
+    return {**fields, **{name: value for name, value in more.items() if value}}
+
+
+def make_url(config: ImagineOPDConfig) -> str:
+    """Of the server."""
+    return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
+
+
+def _refuse_bad_address(config: ImagineOPDConfig) -> None:
+    url = make_url(config)
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port  # a port that is no number: ValueError
+    except ValueError:
+        host = ""
+    is_clean = url.isascii() and not any(sign <= " " or sign in "@?#" for sign in url)
+    if config.vllm_server_base_url is None:
+        given = config.vllm_server_host
+        if not host or not is_clean or host != given.lower().removeprefix("[").removesuffix("]"):
+            raise ConfigError(f"vllm_server_host={given!r}: expected a name or an address alone, IPv6 in brackets")
+    elif not host or not is_clean or parts.scheme not in ("http", "https"):
+        raise ConfigError(f"vllm_server_base_url={url!r}: expected http://host:port, the port a number")

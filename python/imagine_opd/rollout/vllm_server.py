@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import urllib.error
-import urllib.request
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,10 +24,11 @@ from imagine_opd.models import find_head
 from imagine_opd.pictures import Pixels
 from imagine_opd.rollout.vllm import ReadWeights
 from imagine_opd.rollout.vllm_files import write_weights
-from imagine_opd.rollout.vllm_inputs import EngineOutput, EngineRequest
+from imagine_opd.rollout.vllm_http import RefusedError, ask
+from imagine_opd.rollout.vllm_inputs import BAN_BIAS, EngineOutput, EngineRequest
 
 _MOST_CONNECTIONS = 64
-_START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out"
+_MOST_LOGPROB = 1e-3  # rounding
 GENERATE = "/inference/v1/generate"
 
 
@@ -38,8 +37,8 @@ class ServerSettings:
     """Where the server is and how it gets weights.
 
     timeout_s: wait for an answer. sync_folder: what it reads weights from; `None`: it keeps its own. dtype: of the
-    weights in the file; `None`: as they are. temperature: what rollouts are sampled at. is_shaped: top-k, top-p, min-p
-    or a penalty are on.
+    weights in the file; `None`: as they are. temperature: what rollouts are sampled at. is_shaped: other things
+    than the temperature shape the draw (top-k, top-p, min-p, a penalty, suppressed tokens, a least length).
     """
 
     url: str
@@ -65,12 +64,14 @@ class ServerBackend:
         self.wait = wait
         self.model_name = ""
         self.max_model_length: int | None = None
+        self.vocabulary = 0
+        """Rows of the model's head, known from `start` on."""
 
     def start(self, model: Any) -> None:
         """See `VLLMBackend.start`: the server answers, and its model has our vocabulary and usable log-probs."""
-        models = self._ask("/v1/models")["data"]
-        self.model_name, self.max_model_length = models[0]["id"], models[0].get("max_model_len")
-        self._refuse_other_vocabulary(len(find_head(model).weight))
+        self.model_name, self.max_model_length = read_models(self._ask("/v1/models"), self.settings.url)
+        self.vocabulary = len(find_head(model).weight)
+        self._refuse_other_vocabulary(self.vocabulary)
         self._refuse_other_logprobs()
         self.wait()
 
@@ -79,9 +80,8 @@ class ServerBackend:
         folder = self.settings.sync_folder
         if folder is None:
             return False
-        weights = self.read_weights(model)  # by all processes together, where weights are merged
-        if self.is_main:
-            write_weights(weights, folder, self.settings.dtype)
+        if self.is_main:  # alone: weights that are split over processes are refused with vLLM
+            write_weights(self.read_weights(model), folder, self.settings.dtype)
             self._command("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         self.wait()
         return True
@@ -96,7 +96,11 @@ class ServerBackend:
         if not bodies:
             return []
         with ThreadPoolExecutor(min(len(bodies), _MOST_CONNECTIONS)) as pool:
-            return [read_answer(answer) for answer in pool.map(lambda body: self._ask(GENERATE, body), bodies)]
+            answers = pool.map(lambda body: self._ask(GENERATE, body), bodies)
+            return [
+                read_answer(answer, self.vocabulary, fields["max_tokens"])
+                for answer, fields in zip(answers, params, strict=True)
+            ]
 
     def sleep(self) -> None:
         """See `VLLMBackend.sleep`. Weights that are not sent again are kept on the CPU."""
@@ -123,7 +127,7 @@ class ServerBackend:
         body = {"model": self.model_name, "token_ids": [size - 1], "sampling_params": {"max_tokens": 1}}
         try:
             self._ask(GENERATE, body)
-        except _RefusedError as error:
+        except RefusedError as error:
             if error.status in (403, 404):
                 raise EngineError(
                     f"{self.settings.url} does not offer {GENERATE} ({error.status}): start vllm >= 0.32 with "
@@ -135,7 +139,7 @@ class ServerBackend:
             ) from error
         try:
             self._ask(GENERATE, {**body, "token_ids": [size]})
-        except _RefusedError:
+        except RefusedError:
             return
         raise EngineError(
             f"{self.settings.url} serves {self.model_name!r}, whose vocabulary is larger than our {size}: serve the "
@@ -144,9 +148,13 @@ class ServerBackend:
 
     def _refuse_other_logprobs(self) -> None:
         """Whether log-probs are raw is told by one token drawn from the likeliest one: after shaping it is certain."""
-        fields = {"max_tokens": 1, "top_k": 1, "logprobs": 0, "detokenize": False}
+        # The bias: of two tokens that are likeliest alike top_k keeps both.
+        fields = {"max_tokens": 1, "top_k": 1, "logit_bias": {0: -BAN_BIAS}, "logprobs": 0, "detokenize": False}
         body = {"model": self.model_name, "token_ids": [0], "sampling_params": fields}
-        is_raw = read_answer(self._ask(GENERATE, body)).logprobs[0] < 0.0
+        logprobs = read_answer(self._ask(GENERATE, body), self.vocabulary, 1).logprobs
+        if not logprobs:
+            raise EngineError(f"{self.settings.url} gives no log-probs of sampled tokens; expected vllm >= 0.32")
+        is_raw = logprobs[0] < 0.0
         if is_raw and self.settings.temperature != 1.0:
             raise EngineError(
                 f"{self.settings.url} gives log-probs before the temperature, and the run samples at "
@@ -154,14 +162,14 @@ class ServerBackend:
             )
         if not is_raw and self.settings.is_shaped:
             raise EngineError(
-                f"{self.settings.url} gives log-probs after top-k, top-p, min-p and penalties, and the loss needs them "
-                "before: start it with --logprobs-mode raw_logprobs"
+                f"{self.settings.url} gives log-probs after top-k, top-p, min-p, penalties and bans, and the loss "
+                "needs them before: start it with --logprobs-mode raw_logprobs"
             )
 
     def _command(self, path: str, body: dict[str, Any] | None = None) -> None:
         try:
             self._ask(path, body or {})
-        except _RefusedError as error:
+        except RefusedError as error:
             if error.status not in (404, 405):
                 raise
             raise EngineError(
@@ -171,33 +179,7 @@ class ServerBackend:
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The answer's JSON; a GET without a body."""
-        url, timeout_s = f"{self.settings.url.rstrip('/')}{path}", self.settings.timeout_s
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-                text = answer.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                raise _RefusedError(url, error.code, error.read().decode(errors="replace")) from error
-        except OSError as error:  # refused, unknown host, timed out
-            reason = getattr(error, "reason", error)
-            raise EngineError(
-                f"no vLLM server answers at {url} ({reason}; waited up to {timeout_s:g} s): start it with "
-                f"`{_START}`, or correct vllm_server_base_url or vllm_server_timeout"
-            ) from error
-        try:
-            return json.loads(text) if text else None
-        except ValueError as error:
-            raise EngineError(f"{url} answered something else than JSON: {text[:80]!r}") from error
-
-
-class _RefusedError(EngineError):
-    """An HTTP error that the server itself gave."""
-
-    def __init__(self, url: str, status: int, text: str) -> None:
-        super().__init__(f"{url} answered {status}: {text[:500]}")
-        self.status, self.text = status, text[:500]
+        return ask(f"{self.settings.url.rstrip('/')}{path}", body, self.settings.timeout_s)
 
 
 def make_body(request: EngineRequest, params: dict[str, Any], salt: str, model_name: str) -> dict[str, Any]:
@@ -228,15 +210,41 @@ def _encode(pixels: bytes, height: int, width: int) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def read_answer(answer: Any) -> EngineOutput:
-    """The answer to one request. Raises `EngineError` for one that lacks tokens or log-probs."""
+def read_models(answer: Any, url: str) -> tuple[str, int | None]:
+    """Name and longest sequence (tokens) of the first model. Raises `EngineError` for an answer that names none."""
+    try:
+        name, longest = answer["data"][0]["id"], answer["data"][0].get("max_model_len")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        name = longest = None
+    if not isinstance(name, str) or not (longest is None or type(longest) is int):
+        raise EngineError(f"{url}/v1/models names no model: {str(answer)[:200]}; start it with `vllm serve MODEL`")
+    return name, longest
+
+
+def read_answer(answer: Any, vocabulary: int, max_tokens: int) -> EngineOutput:
+    """The answer to one request. Raises `EngineError` for one that lacks tokens or log-probs, or whose are none."""
     try:
         choice = answer["choices"][0]
         entries = (choice["logprobs"] or {}).get("content") or []
-        return EngineOutput(
-            tuple(answer.get("prompt_token_ids") or ()),
-            tuple(choice["token_ids"]),
-            tuple(float(entry["logprob"]) for entry in entries),
-        )
+        prompt_ids = tuple(answer.get("prompt_token_ids") or ())
+        token_ids = tuple(choice["token_ids"])
+        logprobs = tuple(entry["logprob"] for entry in entries)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise EngineError(f"the server's answer lacks {error}: {str(answer)[:200]}; expected vllm >= 0.32") from error
+    for token in (*prompt_ids, *token_ids):
+        if type(token) is not int or not 0 <= token < vocabulary:
+            raise EngineError(
+                f"the server's answer has the token {token!r:.80}: expected whole numbers below {vocabulary}, the size "
+                "of our vocabulary; serve the model that is trained, with vllm >= 0.32"
+            )
+    if len(token_ids) > max_tokens:
+        raise EngineError(
+            f"the server's answer has {len(token_ids)} tokens, and {max_tokens} were asked for; expected vllm >= 0.32"
+        )
+    for logprob in logprobs:
+        if type(logprob) not in (int, float) or not -math.inf < logprob <= _MOST_LOGPROB:
+            raise EngineError(
+                f"the server's answer has the log-prob {logprob!r:.80}: expected finite numbers of at most 0; start it "
+                "with --logprobs-mode raw_logprobs (processed_logprobs at another temperature than 1)"
+            )
+    return EngineOutput(prompt_ids, token_ids, tuple(map(float, logprobs)))
