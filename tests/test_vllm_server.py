@@ -292,7 +292,9 @@ def test_an_answer_without_end_is_not_read_to_it(server, tiny, monkeypatch):
 def test_the_environments_proxy_is_not_asked(server, tiny, monkeypatch):
     other = Server()
     monkeypatch.setenv("http_proxy", other.url)
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(vllm_http, "_OPENER", vllm_http.make_opener())  # which would read the environment
     try:
         make_backend(server).start(tiny.model)
     finally:

@@ -29,8 +29,12 @@ class _RefuseRedirect(urllib.request.HTTPRedirectHandler):
         """Prompts, images and commands go to the server that the config names and to no other: the 3xx is an error."""
 
 
-# Without a proxy: one that the environment names for the internet does not reach a server of this network.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _RefuseRedirect)
+def make_opener() -> urllib.request.OpenerDirector:
+    """Without a proxy: one that the environment names for the internet does not reach a server of this network."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}), _RefuseRedirect)
+
+
+_OPENER = make_opener()
 
 
 def ask(url: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
