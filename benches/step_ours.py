@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benches.step_cases import StepCase, build_model, build_processor, make_rows
-from benches.step_worker import MOST_STEPS, Link, Turns, find_device
+from benches.step_turns import MOST_STEPS, Link, Turns, find_device
 from imagine_opd import ImagineOPDConfig, ImagineOPDTrainer
 from imagine_opd.config import build_config
 

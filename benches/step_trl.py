@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from benches.step_cases import StepCase, build_model, build_processor, make_case_of, make_rows
-from benches.step_worker import MOST_STEPS, Clock, Link, Turns, find_device
+from benches.step_turns import MOST_STEPS, Clock, Link, Turns, find_device
 from imagine_opd.config.privilege import IMAGINE_INSTRUCTION
 from imagine_opd.types import Row
 

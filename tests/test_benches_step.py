@@ -29,7 +29,7 @@ from benches.step_table import (
     render_page,
     write_page,
 )
-from benches.step_worker import Clock, Meter
+from benches.step_turns import Clock, Meter
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
