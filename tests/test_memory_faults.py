@@ -93,7 +93,7 @@ def test_teacher_pass_is_told_with_its_micro_batch_in_the_step_and_before_it(mak
 def test_start_up_checks_are_told_with_their_rows(make_trainer, monkeypatch, call):
     """Call 1 is the student's rollout, 2 the teacher's."""
     trainer = make_trainer()
-    run_out(monkeypatch, trainer.engine, "generate", call)
+    run_out(monkeypatch, trainer.builder.local_engine, "generate", call)
     assert explain(trainer).startswith(
         "out of memory in the teacher checks before step 0: 3 prompts at once, the longest of 33 tokens, 13 of images; "
         "completions up to 12 tokens. What to change: (1) teacher_check_rows=1 (now 3). "

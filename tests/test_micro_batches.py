@@ -126,8 +126,9 @@ def test_gradients_loss_and_figures_are_those_of_the_uncut_micro_batch(tiny, mak
     scale = max(float(gradient.abs().max()) for gradient in whole[1].values())
     assert scale > 1e-3
     assert largest_difference(whole[1], cut[1]) < 1e-4 * scale
-    # The share of the largest 5 % is one of each forward's own tokens.
-    named = {name for name in whole[2] if not name.startswith(("time/", "step_time", "kl/top5_share"))}
+    # The share of the largest 5 % is one of each forward's own tokens; smaller forwards share less of their images.
+    apart = ("time/", "step_time", "kl/top5_share", "vision/shared")
+    named = {name for name in whole[2] if not name.startswith(apart)}
     assert {"reverse_kl", "kl/quarter_1", "self_distillation/distillation_loss", "entropy"} < named
     for name in sorted(named):
         assert cut[2][name] == pytest.approx(whole[2][name], rel=2e-4, abs=1e-5), name

@@ -69,7 +69,7 @@ def test_full_resolution_shows_the_teacher_the_same_image_in_more_tokens(tiny, m
     args = build_config(tmp_path, {**TINY_RECIPE, **fields, "crop_min_pixels": None, "crop_max_pixels": None})
     view_config = make_view_config(tiny.processor, args, training=True)
     pairs = build_pairs(rows, tiny.processor, view_config, dataclasses.replace(PLAIN, teacher_view="full_resolution"))
-    full = make_views(rows, tiny.view_config)  # 48x48, the processor's own size
+    full = make_views(rows, dataclasses.replace(tiny.view_config, output="uint8"))  # 48x48, the processor's own size
     for pair, views in zip(pairs, full, strict=True):
         assert (pair.student.image_tokens, pair.teacher.image_tokens) == ((4,), (9,))
         np.testing.assert_array_equal(pair.teacher.view.pixel_values, views.student.pixel_values)
@@ -161,9 +161,9 @@ def test_student_view_of_ones_own_is_what_train_samples_checks_and_scores_by(tin
         scored.extend(zip(batch.rows, batch.prompts, strict=True))
         return score(student, teacher_hidden_ND, batch, *args, **options)
 
-    def spy_sample(self, model, prompts, seeds):
+    def spy_sample(self, model, prompts, *args):
         sampled.extend(prompts)
-        return sample(self, model, prompts, seeds)
+        return sample(self, model, prompts, *args)
 
     monkeypatch.setattr(trainer, "score_student", spy_score)
     monkeypatch.setattr(batches.BatchBuilder, "sample", spy_sample)
@@ -182,10 +182,11 @@ def test_student_view_of_ones_own_is_what_train_samples_checks_and_scores_by(tin
     assert result.global_step == 1
     assert len(scored) == 4
     for row, pair in scored:
-        expected = views_of(tiny, dataclasses.replace(row, images=(shown[row.id],), boxes=()))
+        expected = views_of(tiny, dataclasses.replace(row, images=(shown[row.id],), boxes=()), output="uint8")
         np.testing.assert_array_equal(pair.student.view.pixel_values, expected.student.pixel_values)
         assert f"{row.question} look" in pair.student.text
-        np.testing.assert_array_equal(pair.teacher.view.pixel_values, views_of(tiny, row).teacher.pixel_values)
+        seen = views_of(tiny, row, output="uint8").teacher.pixel_values
+        np.testing.assert_array_equal(pair.teacher.view.pixel_values, seen)
         assert "look" not in pair.teacher.text
     assert [prompt.text for prompt in sampled] == [pair.student.text for _, pair in scored]
     assert all(

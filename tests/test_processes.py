@@ -74,7 +74,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp2 contrast": ("contrast", {"fsdp": True}),
 }
 # Of their own moment or machine, or of each micro-batch by itself.
-NOT_COMPARED = ("time/", "step_time", "rollout_drift", "kl/top5_share", "gap/", "teacher/")
+NOT_COMPARED = ("time/", "step_time", "rollout_drift", "kl/top5_share", "vision/shared", "gap/", "teacher/")
 
 
 def make_rows() -> list[Any]:
