@@ -85,7 +85,8 @@ def plan_gpu(name: str, rounds: int) -> list[Planned]:
     adapter, full, same = plan_peers(name, rounds)
     static = make_case(name, trains="lora", cache="static")
     return [
-        *(Planned("peers", part.label, part.case, ("ours", PLAIN), rounds) for part in (adapter, full)),
+        adapter,
+        full,
         Planned("peers", "LoRA, static cache", static, ("ours", PLAIN), rounds),
         same,
         *(part for part in plan_growth(name, ("ours", PLAIN)) if part.group == "crops"),

@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benches.kept import fill_page, write_run
 from benches.table import OURS, align_cells, format_figure, mark_cells, render_left_out
 
 MARK = "<!-- begin: step, from {name} -->"
@@ -89,11 +90,8 @@ class StepResults:
 
     def write(self, path: Path, environment: dict[str, Any]) -> None:
         """Keep the run as JSON, one row a line."""
-        kept = {name: value for name, value in environment.items() if name != "package_folder"}
-        head = json.dumps({"level": self.level, "on_gpu": self.on_gpu, "environment": kept}, indent=1)
-        rows = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
-        left_out = json.dumps(self.left_out)
-        path.write_text(f'{head.rstrip()[:-2]},\n "left_out": {left_out},\n "rows": [\n{rows}\n]}}\n', encoding="utf-8")
+        head = {"level": self.level, "on_gpu": self.on_gpu, "left_out": self.left_out}
+        write_run(path, head, environment, self.rows)
 
 
 STEP_RESULTS = pytest.StashKey[StepResults]()
@@ -163,7 +161,7 @@ def list_shares(rows: Sequence[StepRow], cpu: bool) -> list[tuple[str, ...]]:
     """Where the time goes: each stage in percent of the first other peer's whole step, and the memory in MiB."""
     lines = [("case", "peer", *STAGES, "step", "peak MiB")]
     for row in rows:
-        if row.group != "peers":
+        if row.group not in ("peers", "crops"):
             continue
         whole = next(
             (other.read_s("step", cpu) for other in rows if other.case == row.case and other.peer != OURS),
@@ -196,11 +194,7 @@ def render_page(results: StepResults) -> str:
 
 def write_page(results: StepResults, page: str, begin: str = BEGIN) -> str:
     """The page with the tables between the marks of a kept run."""
-    before, _, rest = page.partition(begin)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"the page has no {begin!r} followed by {END!r}")
-    return f"{before}{begin}\n{render_page(results)}\n{END}{after}"
+    return fill_page(page, begin, END, render_page(results))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ def give_completions(trainer: Any, turns: Turns) -> None:
 
     def sample_or_take(*arguments: Any, **fields: Any) -> Any:
         given = turns.load_completions()
-        found = sample(*arguments, **fields) if given is None else given.tolist()
+        found = sample(*arguments, **fields)  # also where they are given: the first timed step must not be the first
+        found = found if given is None else given.tolist()
         turns.completion_ids_BT = torch.tensor(found)
         return found
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benches.kept import fill_page
+
 if TYPE_CHECKING:  # the table itself needs no torch
     from benches.ceilings import Ceilings
 
@@ -172,11 +174,7 @@ def render_page(rows: Iterable[Row]) -> str:
 def write_page(rows: Iterable[Row], page: str, name: str) -> str:
     """The page with the table of a kept run between its marks."""
     begin = BEGIN.format(name=name)
-    before, _, rest = page.partition(begin)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"the page has no {begin!r} followed by {END!r}")
-    return f"{before}{begin}\n{render_page(rows)}\n{END}{after}"
+    return fill_page(page, begin, END, render_page(rows))
 
 
 def read_rows(path: Path) -> list[Row]:

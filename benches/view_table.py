@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benches.kept import fill_page, write_run
 from benches.table import OURS, align_cells, format_figure, mark_cells, render_left_out
 
 BEGIN, END = "<!-- begin: views, from benches/baselines/views_cpu.json -->", "<!-- end: views -->"
@@ -67,11 +68,7 @@ class ViewResults:
 
     def write(self, path: Path, environment: dict[str, Any]) -> None:
         """Keep the run as JSON, one row a line."""
-        # Where the package lies is of no use to others.
-        kept = {name: value for name, value in environment.items() if name != "package_folder"}
-        head = json.dumps({"level": self.level, "environment": kept}, indent=1)
-        rows = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
-        path.write_text(f'{head.rstrip()[:-2]},\n "rows": [\n{rows}\n]}}\n', encoding="utf-8")
+        write_run(path, {"level": self.level}, environment, self.rows)
 
 
 VIEW_RESULTS = pytest.StashKey[ViewResults]()
@@ -130,11 +127,7 @@ def read_rows(path: Path) -> list[ViewRow]:
 
 def write_page(rows: Iterable[ViewRow], page: str) -> str:
     """The page with the table between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"the page has no {BEGIN!r} followed by {END!r}")
-    return f"{before}{BEGIN}\n{render_page(rows)}\n{END}{after}"
+    return fill_page(page, BEGIN, END, render_page(rows))
 
 
 if __name__ == "__main__":

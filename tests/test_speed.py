@@ -14,7 +14,14 @@ from imagine_opd import ImagineOPDTrainer, vision_features
 from imagine_opd.config import build_config
 from imagine_opd.models.peft_models import add_adapter
 
-FAST = {"share_vision_features": True, "share_prefill": True, "prefetch_views": True}
+FAST = {
+    "share_vision_features": True,
+    "share_prefill": True,
+    "prefetch_views": True,
+    "padding_free": True,
+    "max_tokens_per_forward": 110,
+}
+OFF = {**dict.fromkeys(FAST, False), "max_tokens_per_forward": None}
 RUNS = {
     "frozen tower": {"freeze_vision": True},
     "trained tower": {"freeze_vision": False},
@@ -36,8 +43,7 @@ def train(tiny, rows, folder, **fields):
 @pytest.mark.parametrize("kind", RUNS)
 def test_all_switches_together_learn_what_none_of_them_does(tiny, make_rows, tmp_path, kind, seed):
     rows = make_rows(8, seed=100 + seed)
-    off = dict.fromkeys(FAST, False)
-    plain, plain_logs, _ = train(tiny, rows, tmp_path / "plain", seed=seed, **RUNS[kind], **off)
+    plain, plain_logs, _ = train(tiny, rows, tmp_path / "plain", seed=seed, **RUNS[kind], **OFF)
     fast, fast_logs, trainer = train(tiny, rows, tmp_path / "fast", seed=seed, **RUNS[kind], **FAST)
     assert trainer.features is not None
     assert trainer.features.is_frozen == (kind != "trained tower")
@@ -53,9 +59,8 @@ def test_all_switches_together_learn_what_none_of_them_does(tiny, make_rows, tmp
 @pytest.mark.parametrize("name", FAST)
 def test_each_switch_alone_learns_the_same(tiny, make_rows, tmp_path, name):
     rows = make_rows(8)
-    off = dict.fromkeys(FAST, False)
-    plain, _, _ = train(tiny, rows, tmp_path / "plain", freeze_vision=True, **off)
-    found, _, _ = train(tiny, rows, tmp_path / "found", freeze_vision=True, **{**off, name: True})
+    plain, _, _ = train(tiny, rows, tmp_path / "plain", freeze_vision=True, **OFF)
+    found, _, _ = train(tiny, rows, tmp_path / "found", freeze_vision=True, **{**OFF, name: FAST[name]})
     assert largest_difference(plain, found) < 2e-5
 
 
@@ -150,8 +155,7 @@ def test_no_features_are_held_between_steps(tiny, make_rows, tmp_path):
 @pytest.mark.parametrize("kind", ["ema", "live"])
 def test_moving_teachers_share_what_does_not_move(tiny, make_rows, tmp_path, kind):
     rows, fields = make_rows(8), {"freeze_vision": True, "teacher_model_kind": kind, "teacher_checks": False}
-    off = dict.fromkeys(FAST, False)
-    plain, _, _ = train(tiny, rows, tmp_path / "plain", **fields, **off)
+    plain, _, _ = train(tiny, rows, tmp_path / "plain", **fields, **OFF)
     fast, _, trainer = train(tiny, rows, tmp_path / "fast", **fields, **FAST)
     assert trainer.features.teacher_shares
     assert largest_difference(plain, fast) < 2e-5

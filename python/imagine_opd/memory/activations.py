@@ -168,8 +168,12 @@ def count_workspace_bytes(shape: ModelShape, load: ForwardLoad, precision: Preci
     inside += save_scores(shape, load, precision)
     feed = (3 if vision.is_gated else 2) * vision.intermediate * operand
     tower = load.patches * (2 * vision.hidden * operand + 4 * vision.hidden + max(8 * vision.hidden * operand, feed))
-    features = load.rows * load.view.image_tokens * vision.mergers * text.hidden * operand
-    return max(inside, tower) + features
+    return max(inside, tower) + count_feature_bytes(shape, load.view, load.rows, precision)
+
+
+def count_feature_bytes(shape: ModelShape, view: ViewSize, images: int, precision: Precision) -> int:
+    """What the tower made of the images of as many prompts, deepstack layers included."""
+    return images * view.image_tokens * shape.vision.mergers * shape.text.hidden * precision.operand
 
 
 def count_pixel_bytes(shape: ModelShape, load: ForwardLoad) -> int:

@@ -16,6 +16,7 @@ from imagine_opd.memory.activations import (
     Precision,
     Training,
     count_cache_bytes,
+    count_feature_bytes,
     count_pixel_bytes,
     count_saved_bytes,
     count_workspace_bytes,
@@ -191,6 +192,7 @@ class StepMemory:
         yield from self.list_teacher()
         if self.settings.device_type == "cuda":
             yield MemoryItem("CUDA context and libraries", CONTEXT_BYTES)
+        yield from self.list_features()
         yield from self.list_rollout()
         yield from self.list_teacher_forward()
         yield from self.list_student_forward()
@@ -244,6 +246,16 @@ class StepMemory:
                 return
             place: Literal["device", "host"] = "host" if self.placement == "cpu" else "device"
             yield MemoryItem(f"EMA of the {name} (fp32)", 4 * numel // self.shards, place=place)
+
+    def list_features(self) -> Iterator[MemoryItem]:
+        """What a frozen tower made of the step's images in the rollout, until the last backward pass."""
+        settings = self.settings
+        if not settings.share_vision_features or self.trainings[1] != "frozen" or self.is_sharded:
+            return
+        images = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        nbytes = count_feature_bytes(self.shape, settings.student_view, images, self.precision)
+        until: tuple[Phase, ...] = ("rollout", "teacher", "student", "objective", "backward")
+        yield MemoryItem(f"image features of {images} prompts", nbytes, phases=until)
 
     def list_rollout(self) -> Iterator[MemoryItem]:
         """The cache at the last token, and the pass over the prompts."""

@@ -40,6 +40,7 @@ class MemorySettings:
     max_completion_length: int = 256
     padding_free: bool = False
     max_tokens_per_forward: int | None = None
+    share_vision_features: bool = True
     model_dtype: str = "float32"
     compute_dtype: str = "float32"
     optim: str = "adamw_torch_fused"
