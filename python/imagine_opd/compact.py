@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from imagine_opd.devices import move_to
 from imagine_opd.errors import ConfigError
 from imagine_opd.types import View, ViewConfig
 
@@ -71,10 +72,3 @@ def mirror_pixels(view: View) -> View:
     if pixels.dtype == np.uint16:  # bfloat16: its sign bit
         return replace(view, pixel_values=pixels ^ np.uint16(0x8000))
     return replace(view, pixel_values=-pixels)
-
-
-def move_to(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
-    """The tensor on `device`. To a GPU it goes through pinned memory, without the host waiting for it."""
-    if device is None or torch.device(device).type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

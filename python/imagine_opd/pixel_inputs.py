@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from imagine_opd.adapters import join_views
-from imagine_opd.compact import expand_pixels, move_to
+from imagine_opd.compact import expand_pixels
+from imagine_opd.devices import move_to
 from imagine_opd.types import Prompt, View
 
 PIXELS = "pixel_values"

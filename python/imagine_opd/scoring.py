@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from imagine_opd.compact import move_to
+from imagine_opd.devices import move_to
 from imagine_opd.models import fit_inputs, get_body, get_device
 from imagine_opd.packing import find_starts, pack_inputs
 from imagine_opd.pixel_inputs import join_pixels

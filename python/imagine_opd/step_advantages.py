@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from imagine_opd.batches import MicroBatch
-from imagine_opd.compact import move_to
+from imagine_opd.devices import move_to
 from imagine_opd.kernels import OutputHead
 from imagine_opd.loss import ObjectiveConfig, measure_advantages, shape_advantages
 from imagine_opd.parallel import sum_tensor_over_ranks

@@ -23,8 +23,8 @@ from imagine_opd.callbacks import (
     StepProgressCallback,
     TeacherUpdateCallback,
 )
-from imagine_opd.compact import move_to
 from imagine_opd.config import ImagineOPDConfig
+from imagine_opd.devices import move_to
 from imagine_opd.engines import build_engine
 from imagine_opd.errors import ConfigError
 from imagine_opd.evaluation import evaluate_model

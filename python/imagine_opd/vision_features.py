@@ -210,11 +210,10 @@ def has_same_weights(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) ->
 
 
 def _is_same(left: Tensor, right: Tensor) -> bool:
-    if left is right or (not left.is_meta and left.data_ptr() == right.data_ptr() and left.shape == right.shape):
-        return left.dtype == right.dtype
-    if left.is_meta or right.is_meta or left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    return torch.equal(left, right.to(left.device))
+    if left.is_meta or right.is_meta or (left.dtype, left.shape) != (right.dtype, right.shape):
+        return left is right
+    is_one = left.device == right.device and left.data_ptr() == right.data_ptr()
+    return is_one or torch.equal(left, right.to(left.device))
 
 
 def _list_images(prompts: Sequence[Prompt]) -> list[tuple[View, int]]:

@@ -80,12 +80,14 @@ def refuse_mixed_packing(model: Any, prompts: Sequence[Prompt], token_ids: Token
 def describe_sharing(
     model: Any, prompts: Sequence[Prompt], token_ids: TokenIds, features: VisionFeatures, side: str
 ) -> str:
-    """A sentence where shared features are not what the side makes itself, to rounding; else empty."""
+    """A sentence where shared features are not what the side (`rollout`: the student) makes itself, to rounding; else
+    empty."""
     found, limit = measure_sharing(model, prompts, token_ids, features, side), find_limit(model)
     if found <= limit:
         return ""
+    named = "student" if side == "rollout" else side
     return (
-        f"share_vision_features is off: with shared image features the {side}'s hidden states are {found:.2g} away "
+        f"share_vision_features is off: with shared image features the {named}'s hidden states are {found:.2g} away "
         f"from those of its own (limit {limit:g})"
     )
 

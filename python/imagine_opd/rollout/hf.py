@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from imagine_opd.compact import move_to
+from imagine_opd.devices import move_to
 from imagine_opd.models import TokenIds, fit_inputs, get_base, get_body, get_device
 from imagine_opd.pixel_inputs import join_pixels
 from imagine_opd.rollout.finish import finish_completions
