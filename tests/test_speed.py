@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig
-from test_trainer import RUN, largest_difference, make_trainer, read_metrics, weights_of
+from test_trainer import RUN, largest_difference, make_trainer, read_metrics, take_micro_batches, weights_of
 
 from imagine_opd import ImagineOPDTrainer, vision_features
 from imagine_opd.config import build_config
@@ -62,6 +62,21 @@ def test_each_switch_alone_learns_the_same(tiny, make_rows, tmp_path, name):
     plain, _, _ = train(tiny, rows, tmp_path / "plain", freeze_vision=True, **OFF)
     found, _, _ = train(tiny, rows, tmp_path / "found", freeze_vision=True, **{**OFF, name: FAST[name]})
     assert largest_difference(plain, found) < 2e-5
+
+
+def test_no_scoring_forward_goes_through_the_head_and_response_rows_alone_are_projected(tiny, make_rows, tmp_path):
+    trainer = make_trainer(tiny, make_rows(4), tmp_path, num_generations=2)
+    micro_batches, total = take_micro_batches(trainer, make_rows(4), 4)
+    seen = []
+    heads = [trainer.model.get_output_embeddings(), trainer.teacher.module.get_output_embeddings()]
+    hooks = [head.register_forward_hook(lambda *call: seen.append(call)) for head in heads]
+    try:
+        _, result = trainer.compute_loss(trainer.model, micro_batches[0], True, num_items_in_batch=total)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert not seen
+    assert len(result.stats.reverse_kl_N) == int((micro_batches[0].weights_BT > 0).sum())
 
 
 def test_views_made_ahead_are_those_made_when_due(tiny, make_rows, tmp_path):
